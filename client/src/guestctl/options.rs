@@ -1,0 +1,247 @@
+//! The command line.
+
+use crate::size;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use guest_client::OnReset;
+use std::path::PathBuf;
+
+const EXAMPLES: &str = "\
+Examples:
+  guestctl demo                      see what a guest's life is, in a few seconds
+  guestctl run                       boot the built-in guest; type `help`, leave with Ctrl-] q
+  echo poweroff | guestctl run       the same without a terminal
+  guestctl run --kernel vmlinuz --initrd initrd --cmdline console=ttyS0 --cpus 2 --memory 1G
+  guestctl ps                        the guests of a running guestd
+  guestctl stop web                  stop the guest whose id begins with `web`
+
+Exit status: 0 success; 1 the guest failed or the request was refused; 2 wrong usage; 3 no KVM or no service; 128 + N after \
+signal N (130 after Ctrl-C or Ctrl-] q); 141 when nobody reads the output any more.";
+
+/// Runs virtual machine guests, alone or through guestd.
+#[derive(Debug, Parser)]
+#[command(name = "guestctl", version, after_help = EXAMPLES)]
+pub struct Options {
+    /// guestd's socket [default: guestd.sock in $XDG_RUNTIME_DIR, else /run/guestd/guestd.sock for root and
+    /// /run/user/UID/guestd.sock for others; without a guestd there, run and demo use a private one for as long as they last]
+    #[arg(
+        long,
+        global = true,
+        env = "GUESTD_SOCKET",
+        help_heading = "Service",
+        value_name = "PATH",
+        hide_env_values = true
+    )]
+    pub socket: Option<PathBuf>,
+    /// The guest-vmm of a private service [default: beside guestctl, then in PATH]
+    #[arg(
+        long,
+        global = true,
+        env = "GUESTD_VMM",
+        help_heading = "Service",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    pub vmm: Option<PathBuf>,
+    /// The hypervisor of a private service: kvm, or scripted for tests
+    #[arg(
+        long,
+        global = true,
+        env = "GUESTD_HYPERVISOR",
+        value_name = "NAME",
+        default_value = "kvm",
+        hide = true
+    )]
+    pub hypervisor: String,
+    /// Logs of this process and its private service to the standard error, for instance info or guest_service=debug
+    #[arg(
+        long,
+        global = true,
+        env = "GUESTD_LOG",
+        help_heading = "Service",
+        value_name = "FILTER",
+        hide_env_values = true
+    )]
+    pub log: Option<String>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest, with its serial line here, until it ends
+    Run(Run),
+    /// A tour of a guest's life with the built-in guest
+    Demo,
+    /// List the guests of the running guestd
+    Ps {
+        /// One JSON array instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop a guest by force
+    Stop {
+        /// Its id, or a unique beginning of it
+        id: String,
+    },
+    /// Wait for the end of a guest: exit status 0 if it was clean, else 1
+    Wait {
+        /// Its id, or a unique beginning of it
+        id: String,
+    },
+    /// Hold a running guest
+    Pause {
+        /// Its id, or a unique beginning of it
+        id: String,
+    },
+    /// Let a paused guest go on
+    Resume {
+        /// Its id, or a unique beginning of it
+        id: String,
+    },
+    /// Start a guest anew
+    Reset {
+        /// Its id, or a unique beginning of it
+        id: String,
+    },
+    /// What the running guestd says of itself
+    Info {
+        /// One JSON object instead of lines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script; for bash, put it into ~/.local/share/bash-completion/completions
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+const RUN: &str = "\
+The guest's serial output goes to the standard output, unchanged. A terminal's keys all go to the guest, Ctrl-C too, but for \
+Ctrl-]: Ctrl-] q stops the guest and leaves, Ctrl-] Ctrl-] sends one Ctrl-]. Input that is no terminal is sent until its end; \
+the guest then goes on. The command ends when the guest has ended and all its output was written.
+
+--json prints one object as the last line of the standard error:
+  id          the guest's id
+  outcome     clean, forced, crashed; refused if it never ran; lost if the service went away too
+  code        the failure's code, or null; detail: the failure in words
+  log         the end of the VMM's log, after a crash of the VMM
+  lost        bytes of output that were dropped, because they were not read in time
+  timings_us  launch and create (from the start), first_byte (from create's end, when run takes effect, to the first
+              serial byte), total; null for what did not happen
+
+Examples:
+  guestctl run --memory 64M --cpus 4
+  printf 'memory\\npoweroff\\n' | guestctl run --json
+  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'";
+
+/// `guestctl run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN)]
+pub struct Run {
+    /// The guest's id [default: the service chooses one]
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    pub name: String,
+    /// The kernel: an ELF with a PVH note, a vmlinux or a bzImage [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// The initrd
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    pub cmdline: String,
+    /// How many virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// The guest's memory: 256M, 1G, or bytes
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size::parse)]
+    pub memory: u64,
+    /// What a reset by the guest itself does
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = ResetOption::Restart)]
+    pub on_reset: ResetOption,
+    /// Send the guest no input
+    #[arg(long)]
+    pub no_stdin: bool,
+    /// Print how it ended, and how long what took, as JSON on the standard error
+    #[arg(long)]
+    pub json: bool,
+    /// Back the memory with 2 MiB pages of the host's pool
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// Touch all of the memory before the guest starts
+    #[arg(long)]
+    pub prefault: bool,
+    /// Keep the memory from being swapped
+    #[arg(long)]
+    pub lock_memory: bool,
+    /// Speak to the guest through the service, as a client does that cannot pass descriptors
+    #[arg(long)]
+    pub proxied: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ResetOption {
+    /// The guest starts anew
+    Restart,
+    /// The guest ends cleanly
+    Stop,
+}
+
+impl From<ResetOption> for OnReset {
+    fn from(option: ResetOption) -> Self {
+        match option {
+            ResetOption::Restart => Self::Restart,
+            ResetOption::Stop => Self::Stop,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run(arguments: &[&str]) -> Result<Run, clap::Error> {
+        let words = ["guestctl", "run"].into_iter().chain(arguments.iter().copied());
+        match Options::try_parse_from(words)?.command {
+            Command::Run(run) => Ok(run),
+            other => panic!("not run: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn run_has_its_defaults() {
+        let run = run(&[]).expect("no option is needed");
+        assert_eq!((run.cpus, run.memory, run.on_reset), (1, 128 << 20, ResetOption::Restart));
+        assert!(run.kernel.is_none() && run.name.is_empty() && run.cmdline.is_empty());
+    }
+
+    #[test]
+    fn run_takes_its_options() {
+        let run =
+            run(&["--memory", "1G", "--cpus=4", "--on-reset", "stop", "--cmdline", "-x y"]).expect("valid");
+        assert_eq!((run.cpus, run.memory, run.on_reset), (4, 1 << 30, ResetOption::Stop));
+        assert_eq!(run.cmdline, "-x y");
+    }
+
+    #[test]
+    fn a_bad_value_is_named() {
+        for arguments in [["--memory", "12X"], ["--cpus", "many"], ["--on-reset", "explode"]] {
+            let text = run(&arguments).expect_err("refused").to_string();
+            assert!(text.contains(arguments[0]) && text.contains(arguments[1]), "{text}");
+        }
+    }
+}

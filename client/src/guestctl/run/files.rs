@@ -1,0 +1,49 @@
+//! The files that a guest is booted from, opened with the user's own rights.
+
+use crate::ending::{Outcome, Trouble};
+use crate::options::Run;
+use rustix::fs::{MemfdFlags, SealFlags};
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+/// The open files of a guest.
+pub struct Files {
+    /// The kernel.
+    pub kernel: File,
+    /// The initrd.
+    pub initrd: Option<File>,
+}
+
+impl Files {
+    /// Opens what was named; the built-in guest if no kernel was.
+    pub fn open(run: &Run) -> Outcome<Self> {
+        let kernel = match &run.kernel {
+            Some(path) => open("--kernel", path)?,
+            None => builtin_guest()?,
+        };
+        let initrd = run.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
+        Ok(Self { kernel, initrd })
+    }
+}
+
+fn open(option: &str, path: &Path) -> Outcome<File> {
+    let unusable = |reason: String| Trouble::Usage(format!("{option} {}: {reason}", path.display()));
+    let file = File::open(path).map_err(|error| unusable(error.to_string()))?;
+    let metadata = file.metadata().map_err(|error| unusable(error.to_string()))?;
+    if metadata.is_file() { Ok(file) } else { Err(unusable("not a regular file".into())) }
+}
+
+/// The built-in guest as a file without a name.
+pub fn builtin_guest() -> Outcome<File> {
+    Ok(in_memory("built-in guest", builtin_guest::IMAGE)?)
+}
+
+/// A file that exists in memory only, sealed: a VMM uses it as it is, and copies any other.
+pub fn in_memory(name: &str, contents: &[u8]) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(rustix::fs::memfd_create(name, flags)?);
+    file.write_all(contents)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(file)
+}

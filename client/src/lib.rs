@@ -1,0 +1,59 @@
+//! A typed asynchronous client of guestd.
+//!
+//! [`Host`] is a connection to guestd; [`Host::launch`] gives a [`Lifecycle`], the lease of one guest, over a channel of its own;
+//! [`Lifecycle::bind`] gives the [`Guest`], its user, and [`Lifecycle::control`] its operator.
+//!
+//! Everything here belongs to one thread and must be used inside a tokio `LocalSet`, which runs the connections: nothing is
+//! sent, and no answer arrives, while that set is not polled.
+//!
+//! Every method that asks for something **sends before it returns** and gives back a [`Call`], or an object whose own calls may
+//! be made at once. So a whole life goes out in one flight, without one wait:
+//!
+//! ```no_run
+//! # use guest_client::{GuestConfig, Host, MemoryConfig, OnReset, SerialChunk};
+//! # async fn boot(host: &Host, kernel: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
+//! let launched = host.launch("")?;
+//! let lifecycle = launched.lifecycle;
+//! let config = GuestConfig {
+//!     kernel: Some(lifecycle.file(kernel)),
+//!     ramdisk: None,
+//!     cmdline: "console=ttyS0".into(),
+//!     cpus: 1,
+//!     memory: MemoryConfig::of_bytes(128 << 20),
+//!     on_reset: OnReset::Restart,
+//! };
+//! let (output, mut chunks) = tokio::sync::mpsc::channel::<SerialChunk>(16);
+//! let created = lifecycle.create(&config);
+//! let serial = lifecycle.bind().serial(output);
+//! let ended = lifecycle.run();
+//! created.await?;
+//! serial.write(b"poweroff\n").await?;
+//! while let Some(chunk) = chunks.recv().await {
+//!     print!("{}", String::from_utf8_lossy(&chunk.bytes));
+//! }
+//! ended.await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Limits: one host, Unix sockets only.
+
+mod call;
+mod channel;
+mod error;
+mod file;
+mod guest;
+mod host;
+mod lifecycle;
+mod serial;
+
+pub use call::Call;
+pub use error::{ClientError, ConnectError};
+pub use guest::{Control, Guest, GuestExit, Observer};
+pub use guest_schema::{
+    Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, MemoryConfig, OnReset, Outcome, Phase,
+    UnitStatus, VpState,
+};
+pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
+pub use lifecycle::Lifecycle;
+pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};

@@ -1,0 +1,120 @@
+//! The lease of one guest.
+
+use crate::call::{Call, SharedCall, failure_beside};
+use crate::channel::Channel;
+use crate::error::ClientError;
+use crate::file::FileServer;
+use crate::guest::{Control, Guest};
+use guest_schema::guest_capnp::guest_lifecycle;
+use guest_schema::{Failure, FileSource, GuestConfig};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use tokio::sync::watch;
+
+/// How the guest's VMM gets at the client's files.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Files {
+    /// As descriptors over the guest's own channel.
+    Descriptors,
+    /// As capabilities that this process serves.
+    Served,
+}
+
+/// The lease of one guest, which lives no longer than this object: dropping it ends the guest by force, and every call made
+/// through it fails with [`ClientError::Lost`].
+///
+/// Calls take effect in the order in which they were made, whether or not anything was awaited in between.
+pub struct Lifecycle {
+    client: guest_lifecycle::Client,
+    files: Files,
+    channel: Rc<Channel>,
+    launched: SharedCall<String>,
+    lease: watch::Sender<()>,
+}
+
+impl Lifecycle {
+    /// `channel` carries the capability: the guest's own, or the host's for one that is proxied. `launched` is the answer of
+    /// the launch.
+    pub(crate) fn new(
+        client: guest_lifecycle::Client,
+        files: Files,
+        channel: Rc<Channel>,
+        launched: SharedCall<String>,
+    ) -> Self {
+        Self { client, files, channel, launched, lease: watch::Sender::new(()) }
+    }
+
+    /// Makes an open regular file or memfd part of a config for this lifecycle: its descriptor goes with the next message, or,
+    /// on a proxied lifecycle, this process serves reads of it. Each result is good for one `create`; at most 512 may wait.
+    pub fn file(&self, file: impl Into<OwnedFd>) -> FileSource {
+        match self.files {
+            Files::Descriptors => FileSource::Descriptor(self.channel.descriptors.push(file.into())),
+            Files::Served => FileSource::File(FileServer::client(file.into())),
+        }
+    }
+
+    /// Makes the VMM: checks the config, loads the kernel, builds the devices; no VP runs. Before run it may be called again;
+    /// the former VMM is destroyed first.
+    ///
+    /// Refused with `badConfig` (all faults in one detail), `kernelLoadFailure`, `guestInitializationFailure`,
+    /// `deviceInitializationFailure`, `deviceMemoryOverlap`, `alreadyRunning`, `controllerForcedHalt` (stop came first), `faulted`.
+    pub fn create(&self, config: &GuestConfig) -> Call<()> {
+        let mut request = self.client.create_request();
+        config.write(request.get().init_config());
+        self.leased(Call::send(request, (), |results| Failure::read_result(results.get_result()?)))
+    }
+
+    /// The guest of the last create; calls on it may be made at once. `notCreated`, with create's failure as its cause.
+    pub fn bind(&self) -> Guest {
+        let sent = self.client.bind_request().send();
+        let bound = Call::answer(sent.promise, (), |results| {
+            failure_beside(results.has_error(), results.get_error())
+        });
+        Guest::new(sent.pipeline.get_guest(), self.leased(bound))
+    }
+
+    /// Starts the guest. Answers when it has ended and its VMM is gone: ok if the guest ended itself.
+    ///
+    /// Refused with `controllerForcedHalt`, `vcpuStartFailure`, `deviceStartFailure`, `vcpuRuntimeFailure`,
+    /// `transitionTimedOut`; at once with `notCreated` or `alreadyRunning`, which leaves the first run pending.
+    pub fn run(&self) -> Call<()> {
+        let request = self.client.run_request();
+        self.leased(Call::send(request, (), |results| Failure::read_result(results.get_result()?)))
+    }
+
+    /// Halts the guest by force, or cancels its create; answers when nothing of it is left. ok without a guest.
+    pub fn stop(&self) -> Call<()> {
+        let request = self.client.stop_request();
+        self.leased(Call::send(request, (), |results| Failure::read_result(results.get_result()?)))
+    }
+
+    /// The operator of the guest of the last create; calls on it may be made at once. `notCreated` as in bind.
+    pub fn control(&self) -> Control {
+        let sent = self.client.control_request().send();
+        let opened = Call::answer(sent.promise, (), |results| {
+            failure_beside(results.has_error(), results.get_error())
+        });
+        Control::new(sent.pipeline.get_control(), Some(self.leased(opened)), None)
+    }
+
+    /// The call, as long as the lease lasts. A pending call would keep a proxied lease alive, and a launch that was refused
+    /// shows as a lost channel only: this tells the reason.
+    fn leased<T: 'static>(&self, call: Call<T>) -> Call<T> {
+        let mut lease = self.lease.subscribe();
+        let launched = self.launched.clone();
+        Call::around(async move {
+            let answer = tokio::select! {
+                biased;
+                answer = call => answer,
+                _ = lease.changed() => return Err(ClientError::Lost("the lease was given up".into())),
+            };
+            match answer {
+                Err(ClientError::Lost(reason)) => Err(match launched.await {
+                    Err(refused @ ClientError::Refused(_)) => refused,
+                    _ => ClientError::Lost(reason),
+                }),
+                answer => answer,
+            }
+        })
+    }
+}

@@ -1,0 +1,91 @@
+//! The registers with which a guest powers itself off or resets itself in hardware-reduced ACPI (ACPI 6.5, 4.8.3.7 sleep control
+//! and status registers, 4.8.3.6 reset register).
+//!
+//! One window of three ports: sleep control, sleep status, reset. Only S5 is offered, so the status register never reports a
+//! wake.
+
+use crate::ByteRegisters;
+use processor::PowerRequest;
+use std::ops::ControlFlow;
+
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u8 = 2;
+const SLEEP_TYPE_MASK: u8 = 0b111;
+
+/// The sleep control, sleep status and reset registers.
+#[derive(Debug, Default)]
+pub struct AcpiPower;
+
+impl AcpiPower {
+    /// The offset of the sleep control register.
+    pub const SLEEP_CONTROL: u16 = 0;
+    /// The offset of the sleep status register.
+    pub const SLEEP_STATUS: u16 = 1;
+    /// The offset of the reset register.
+    pub const RESET: u16 = 2;
+    /// How many ports the registers take.
+    pub const PORTS: u16 = 3;
+    /// The sleep type that stands for S5, soft off: what the `\_S5` package says.
+    pub const SLEEP_TYPE_S5: u8 = 5;
+    /// What resets the guest when it is written to the reset register.
+    pub const RESET_VALUE: u8 = 1;
+
+    fn sleep(value: u8) -> ControlFlow<PowerRequest> {
+        let sleep_type = (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK;
+        if value & SLEEP_ENABLE != 0 && sleep_type == Self::SLEEP_TYPE_S5 {
+            return ControlFlow::Break(PowerRequest::PowerOff);
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+impl ByteRegisters for AcpiPower {
+    fn read_byte(&mut self, offset: u64) -> u8 {
+        if offset < u64::from(Self::PORTS) { 0 } else { 0xff }
+    }
+
+    fn write_byte(&mut self, offset: u64, value: u8) -> ControlFlow<PowerRequest> {
+        match u16::try_from(offset) {
+            Ok(Self::SLEEP_CONTROL) => Self::sleep(value),
+            Ok(Self::RESET) if value == Self::RESET_VALUE => ControlFlow::Break(PowerRequest::Reset),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    fn reset(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::IoDevice;
+
+    #[test]
+    fn s5_with_sleep_enable_powers_off() {
+        // What Linux writes: the type first, then the type with SLP_EN.
+        assert_eq!(AcpiPower.write(0, &[0x14]), ControlFlow::Continue(()));
+        assert_eq!(AcpiPower.write(0, &[0x34]), ControlFlow::Break(PowerRequest::PowerOff));
+    }
+
+    #[test]
+    fn other_sleep_types_do_nothing() {
+        for sleep_type in (0..8).filter(|t| *t != AcpiPower::SLEEP_TYPE_S5) {
+            let value = SLEEP_ENABLE | (sleep_type << SLEEP_TYPE_SHIFT);
+            assert_eq!(AcpiPower.write(0, &[value]), ControlFlow::Continue(()), "type {sleep_type}");
+        }
+    }
+
+    #[test]
+    fn only_the_reset_value_resets() {
+        assert_eq!(AcpiPower.write(2, &[0]), ControlFlow::Continue(()));
+        assert_eq!(AcpiPower.write(2, &[1]), ControlFlow::Break(PowerRequest::Reset));
+    }
+
+    #[test]
+    fn the_status_register_reports_no_wake_and_ignores_its_clearing() {
+        let mut data = [0xaa];
+        AcpiPower.read(1, &mut data);
+        assert_eq!(data, [0]);
+        assert_eq!(AcpiPower.write(1, &[0x80]), ControlFlow::Continue(()));
+    }
+}

@@ -1,0 +1,23 @@
+//! The devices of the board: IOAPIC, serial port, RTC, keyboard controller, ACPI power registers.
+//!
+//! A device implements [`IoDevice`], or [`ByteRegisters`] if all of its registers are one byte wide. It is told offsets, never
+//! addresses, and owns nothing but its registers: interrupts leave through an [`IrqLine`] into the [`IoApic`], whose messages
+//! leave through [`IoApicRouting`]; bytes leave through a [`SerialOutput`].
+//!
+//! Limits: one IOAPIC with 24 pins, whose messages reach the local APICs 0 to 254; one serial port; no interrupt from the RTC.
+
+mod acpi_power;
+mod device;
+#[cfg(test)]
+mod hostile_access;
+mod i8042;
+mod ioapic;
+mod rtc;
+mod serial;
+
+pub use acpi_power::AcpiPower;
+pub use device::{ByteRegisters, Device, IoDevice};
+pub use i8042::I8042;
+pub use ioapic::{IoApic, IoApicRouting, IrqLine, PIN_COUNT};
+pub use rtc::{HostClock, Rtc, SystemClock};
+pub use serial::{INPUT_CAPACITY, SerialInput, SerialOutput, SerialPort};

@@ -1,0 +1,152 @@
+//! What a VP is told of itself by CPUID: what the host's KVM offers, with the VP's own place in the machine put in.
+//!
+//! The topology is one socket of cores with one thread each; the local APIC ID is the VP's number. Intel SDM volume 2,
+//! CPUID; AMD APM volume 3, appendix E.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use processor::VpIndex;
+
+/// A VP's place in the machine.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    id: u32,
+    count: u32,
+}
+
+impl Place {
+    /// How many bits of the APIC ID number the cores.
+    fn bits(self) -> u32 {
+        self.count.next_power_of_two().trailing_zeros()
+    }
+
+    /// The number of APIC IDs that the package has room for, at most `limit`.
+    fn ids(self, limit: u32) -> u32 {
+        self.count.next_power_of_two().min(limit)
+    }
+}
+
+/// The leaves for one VP of `count`. `host` is what KVM_GET_SUPPORTED_CPUID says.
+pub(crate) fn for_vp(host: &[kvm_cpuid_entry2], vp: VpIndex, count: u32, tsc_deadline: bool) -> CpuId {
+    let place = Place { id: vp.0, count };
+    let is_topology = |leaf: &kvm_cpuid_entry2| matches!(leaf.function, 0xb | 0x1f);
+    let mut leaves: Vec<_> = host.iter().filter(|leaf| !is_topology(leaf)).copied().collect();
+    for leaf in &mut leaves {
+        patch(leaf, place, tsc_deadline);
+    }
+    for function in [0xb, 0x1f] {
+        if host.iter().any(|leaf| leaf.function == function) {
+            leaves.extend(topology(function, place));
+        }
+    }
+    leaves.truncate(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+    CpuId::from_entries(&leaves).expect("truncated to what fits")
+}
+
+fn patch(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
+    match leaf.function {
+        0x1 => patch_features(leaf, place, tsc_deadline),
+        0x4 => patch_cache(leaf, place, (place.ids(64) - 1) << 26),
+        0x8000_0008 => {
+            // ApicIdSize, and the number of cores less one.
+            leaf.ecx = leaf.ecx & !0xf0ff | place.bits() << 12 | (place.count - 1);
+        }
+        0x8000_001d => patch_cache(leaf, place, 0),
+        0x8000_001e => {
+            // The APIC ID; the core's number, with one thread a core; node 0 of one.
+            (leaf.eax, leaf.ebx, leaf.ecx) = (place.id, place.id & 0xff, 0);
+        }
+        _ => {}
+    }
+}
+
+fn patch_features(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
+    const TSC_DEADLINE: u32 = 1 << 24;
+    const HYPERVISOR: u32 = 1 << 31;
+    const HTT: u32 = 1 << 28;
+    leaf.ebx = leaf.ebx & 0xffff | place.ids(255) << 16 | place.id << 24;
+    leaf.ecx = leaf.ecx & !TSC_DEADLINE | HYPERVISOR | if tsc_deadline { TSC_DEADLINE } else { 0 };
+    leaf.edx = leaf.edx & !HTT | if place.count > 1 { HTT } else { 0 };
+}
+
+/// A cache: levels 1 and 2 belong to one core, the others to all. `cores` is what else belongs into EAX.
+fn patch_cache(leaf: &mut kvm_cpuid_entry2, place: Place, cores: u32) {
+    let (kind, level) = (leaf.eax & 0x1f, leaf.eax >> 5 & 7);
+    if kind != 0 {
+        let sharing = if level >= 3 { place.ids(4096) - 1 } else { 0 };
+        leaf.eax = leaf.eax & 0x3fff | sharing << 14 | cores;
+    }
+}
+
+/// The levels of leaves 0xb and 0x1f: threads, cores, and the end.
+fn topology(function: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
+    const THREADS: u32 = 1 << 8;
+    const CORES: u32 = 2 << 8;
+    let level = |index, eax, ebx, ecx| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax,
+        ebx,
+        ecx: ecx | index,
+        edx: place.id,
+        ..Default::default()
+    };
+    [level(0, 0, 1, THREADS), level(1, place.bits(), place.count, CORES), level(2, 0, 0, 0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = registers;
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn vp(host: &[kvm_cpuid_entry2], n: u32, count: u32) -> impl Fn(u32, u32) -> [u32; 4] {
+        let leaves = for_vp(host, VpIndex(n), count, true);
+        move |function, index| {
+            let found = leaves.as_slice().iter().find(|l| l.function == function && l.index == index);
+            found.map(|l| [l.eax, l.ebx, l.ecx, l.edx]).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_vp_knows_its_place() {
+        let host = [
+            leaf(0x1, 0, [0xa2_0f10, 0x0102_0800, 0, 0]),
+            leaf(0x4, 0, [0xfc00_0121, 1, 2, 3]),
+            leaf(0x4, 3, [0xfc03_c163, 1, 2, 3]),
+            leaf(0x4, 4, [0; 4]),
+            leaf(0xb, 0, [1, 2, 3, 77]),
+            leaf(0x1f, 0, [1, 2, 3, 77]),
+            leaf(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]),
+            leaf(0x8000_0008, 0, [0x3030, 0, 0x7001, 0]),
+            leaf(0x8000_001e, 0, [9, 0x109, 0x300, 0]),
+        ];
+        let seen = vp(&host, 2, 6);
+        assert_eq!(seen(1, 0), [0xa2_0f10, 0x0208_0800, 1 << 31 | 1 << 24, 1 << 28]);
+        assert_eq!(seen(4, 0), [0x1c00_0121, 1, 2, 3], "the first level has one core");
+        assert_eq!(seen(4, 3), [0x1c01_c163, 1, 2, 3], "the third has all");
+        assert_eq!(seen(4, 4), [0; 4]);
+        for function in [0xb, 0x1f] {
+            assert_eq!(seen(function, 0), [0, 1, 0x100, 2]);
+            assert_eq!(seen(function, 1), [3, 6, 0x201, 2]);
+            assert_eq!(seen(function, 2), [0, 0, 2, 2]);
+        }
+        assert_eq!(seen(0x4000_0000, 0), [0x4000_0001, 1, 2, 3], "as the host has it");
+        assert_eq!(seen(0x8000_0008, 0), [0x3030, 0, 0x3005, 0]);
+        assert_eq!(seen(0x8000_001e, 0), [2, 2, 0, 0]);
+    }
+
+    #[test]
+    fn a_single_vp_and_the_last_of_many_fit() {
+        let host = [leaf(0x1, 0, [0, 0, 0, 1 << 28]), leaf(0x4, 0, [0x163, 0, 0, 0])];
+        let seen = vp(&host, 0, 1);
+        assert_eq!(seen(1, 0), [0, 1 << 16, 1 << 31 | 1 << 24, 0]);
+        assert_eq!(seen(4, 0), [0x163, 0, 0, 0]);
+        let seen = vp(&host, 253, 254);
+        assert_eq!(seen(1, 0)[1], 253 << 24 | 255 << 16);
+        assert_eq!(seen(4, 0)[0], 63 << 26 | 255 << 14 | 0x163);
+    }
+}

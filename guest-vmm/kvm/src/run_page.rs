@@ -1,0 +1,154 @@
+//! The memory in which KVM says why a VP has left the guest, and in which it is told to leave.
+
+// UNSAFETY: memory shared with the kernel is mapped and read by its layout, `struct kvm_run`.
+#![expect(unsafe_code, reason = "memory shared with the kernel is mapped and read by its layout")]
+
+use crate::exit::{Data, Emulation, Exit};
+use crate::kick::Kick;
+use kvm_bindings::*;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// A mapping of a VP's `kvm_run`, apart from the one that the VP's descriptor has, so that other threads can ask for an
+/// exit while that one is borrowed.
+pub(crate) struct RunMapping {
+    base: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: any thread may use what the type itself offers, which is one atomic byte; the rest is reached through `RunPage`,
+// of which there is one.
+unsafe impl Send for RunMapping {}
+// SAFETY: as above.
+unsafe impl Sync for RunMapping {}
+
+impl RunMapping {
+    /// Maps it. `size` is what KVM_GET_VCPU_MMAP_SIZE says.
+    pub(crate) fn new(vcpu: &impl AsRawFd, size: usize) -> io::Result<Self> {
+        if size < size_of::<kvm_run>() {
+            return Err(io::Error::other(format!(
+                "kvm_run has {size} bytes, {} expected",
+                size_of::<kvm_run>()
+            )));
+        }
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, vcpu.as_raw_fd(), 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).expect("a mapping that did not fail is not at address zero");
+        Ok(Self { base, size })
+    }
+
+    /// Has the VP leave the guest at once, or not any more. Any thread may say so.
+    pub(crate) fn set_immediate_exit(&self, exit: bool) {
+        let offset = offset_of!(kvm_run, immediate_exit);
+        // SAFETY: the byte is in the mapping, which lives as long as `self`, and this process touches it here alone.
+        let byte = unsafe { AtomicU8::from_ptr(self.base.as_ptr().add(offset)) };
+        byte.store(exit.into(), Ordering::SeqCst);
+    }
+
+    fn run(&self) -> *mut kvm_run {
+        self.base.cast().as_ptr()
+    }
+}
+
+impl Drop for RunMapping {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and no reference into it outlives its owner.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.size) };
+    }
+}
+
+/// What only the VP's thread looks at, while the VP is out of the guest.
+pub(crate) struct RunPage(Arc<Kick>);
+
+/// Reads a field of `kvm_run`.
+macro_rules! field {
+    ($page:expr, $($field:tt)+) => {{
+        let run = $page.0.page.run();
+        // SAFETY: the mapping is as large as the type, every bit pattern is a value of these integers, and the kernel does not
+        // write while the VP's thread is here. The exit reason says which member of the union is in use.
+        unsafe { (&raw const (*run).$($field)+).read_volatile() }
+    }};
+}
+
+impl RunPage {
+    /// The only page of this mapping: the caller makes no other.
+    pub(crate) fn new(kick: Arc<Kick>) -> Self {
+        Self(kick)
+    }
+
+    /// Why KVM_RUN came back.
+    pub(crate) fn exit(&self) -> Exit {
+        match field!(self, exit_reason) {
+            KVM_EXIT_IO => self.io(),
+            KVM_EXIT_MMIO => self.mmio(),
+            KVM_EXIT_IOAPIC_EOI => Exit::IoapicEoi { vector: field!(self, __bindgen_anon_1.eoi).vector },
+            KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+            KVM_EXIT_SYSTEM_EVENT => {
+                Exit::SystemEvent { kind: field!(self, __bindgen_anon_1.system_event.type_) }
+            }
+            KVM_EXIT_INTERNAL_ERROR => self.internal_error(),
+            KVM_EXIT_FAIL_ENTRY => {
+                let failure = field!(self, __bindgen_anon_1.fail_entry);
+                Exit::FailEntry { reason: failure.hardware_entry_failure_reason, cpu: failure.cpu }
+            }
+            reason => Exit::Other { reason },
+        }
+    }
+
+    fn io(&self) -> Exit {
+        let io = field!(self, __bindgen_anon_1.io);
+        let offset = usize::try_from(io.data_offset).expect("x86-64 has 64 bits");
+        let data = Data { offset, len: io.count as usize * usize::from(io.size) };
+        let (port, size) = (io.port, io.size);
+        if u32::from(io.direction) == KVM_EXIT_IO_IN {
+            Exit::IoIn { port, size, data }
+        } else {
+            Exit::IoOut { port, size, data }
+        }
+    }
+
+    fn mmio(&self) -> Exit {
+        let mmio = field!(self, __bindgen_anon_1.mmio);
+        let (address, len) = (mmio.phys_addr, (mmio.len as usize).min(mmio.data.len()));
+        let data = Data { offset: offset_of!(kvm_run, __bindgen_anon_1.mmio.data), len };
+        if mmio.is_write == 0 { Exit::MmioRead { address, data } } else { Exit::MmioWrite { address, data } }
+    }
+
+    fn internal_error(&self) -> Exit {
+        let internal = field!(self, __bindgen_anon_1.internal);
+        let emulation = (internal.suberror == KVM_INTERNAL_ERROR_EMULATION).then(|| self.emulation());
+        Exit::InternalError { suberror: internal.suberror, emulation: emulation.flatten() }
+    }
+
+    /// The bytes of the instruction that could not be emulated, if the host gives them: three words of data, flagged.
+    fn emulation(&self) -> Option<Emulation> {
+        let flagged = u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
+        let failure = field!(self, __bindgen_anon_1.emulation_failure);
+        if failure.ndata < 3 || failure.flags & flagged == 0 {
+            return None;
+        }
+        let instruction = field!(self, __bindgen_anon_1.emulation_failure.__bindgen_anon_1.__bindgen_anon_1);
+        Some(Emulation { len: instruction.insn_size, bytes: instruction.insn_bytes })
+    }
+
+    /// The data of an exit. Empty if it is not in the mapping, which KVM does not do.
+    pub(crate) fn data(&mut self, data: Data) -> &mut [u8] {
+        let Data { offset, len } = data;
+        if offset.checked_add(len).is_none_or(|end| end > self.0.page.size) || offset < size_of::<u64>() {
+            return &mut [];
+        }
+        // SAFETY: in the mapping, as was just checked, and behind the byte that other threads write; the kernel does not write
+        // while the VP's thread is here, and `self` is the only way to this memory and is borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.0.page.base.as_ptr().add(offset), len) }
+    }
+}

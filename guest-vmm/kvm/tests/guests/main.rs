@@ -1,0 +1,6 @@
+//! Small guests on the machine's KVM. Without /dev/kvm every test here fails, saying why there is none.
+
+mod exits;
+mod guest;
+mod many;
+mod opening;

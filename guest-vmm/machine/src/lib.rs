@@ -1,0 +1,23 @@
+//! The machine: guest memory, boot loaders, ACPI, the VP set, assembled from a list of devices.
+//!
+//! [`Machine::build`] makes one on any [`processor::Hypervisor`] and joins its parts as one set of state units, in the order
+//! `vps → devices → partition → memory` ("a → b" reads "a depends on b"). Nothing here knows RPC, and only the board's list
+//! names devices.
+
+pub mod acpi;
+mod board;
+mod boot;
+pub mod bus;
+pub mod layout;
+pub mod loader;
+mod machine;
+pub mod memory;
+mod reset_vector;
+mod units;
+mod vp_set;
+
+pub use boot::{BootError, BootFiles};
+pub use machine::{Machine, MachineConfig, MachineError, MachineView, UnitView, VPS};
+pub use memory::host_memory_bytes;
+pub use units::InjectedFault;
+pub use vp_set::{Halt, VpActivity, VpSet};

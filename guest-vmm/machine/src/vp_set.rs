@@ -1,0 +1,171 @@
+//! The VPs of a machine: started, stopped and reset together, and asked what they do.
+
+use crate::loader::InitialVpState;
+use futures::future::{join_all, try_join_all};
+use processor::{
+    BindProcessor, CpuIo, MpState, NewPartition, Partition, SpawnVpError, VpError, VpHaltReason, VpIndex,
+    VpThread,
+};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{RwLock, mpsc};
+
+/// What a VP is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VpActivity {
+    /// The VMM keeps it out of the guest.
+    Stopped,
+    /// It runs.
+    Running,
+    /// It waits in HLT for an interrupt, for ever if it has masked them.
+    Halted,
+    /// It waits to be started by the guest.
+    WaitForSipi,
+    /// It cannot go on.
+    Failed,
+    /// It did not say in time.
+    Unanswered,
+}
+
+/// A VP that halted by itself, and why.
+pub type Halt = (VpIndex, VpHaltReason);
+
+/// The VPs, each on its own thread.
+pub struct VpSet {
+    /// Empty once the machine is destroyed.
+    threads: RwLock<Vec<VpThread>>,
+    halted: Arc<Vec<AtomicU8>>,
+    running: AtomicBool,
+    /// What VP 0 starts with, until it has started.
+    initial: Mutex<Option<InitialVpState>>,
+}
+
+const NOT_HALTED: u8 = 0;
+const HALTED: u8 = 1;
+const FAILED: u8 = 2;
+
+impl VpSet {
+    /// Binds every VP to a thread of its own. Halts are sent in the order in which they happen.
+    pub async fn bind<B: BindProcessor>(
+        new: NewPartition<B>,
+        io: Arc<dyn CpuIo>,
+        halts: mpsc::UnboundedSender<Halt>,
+        initial: InitialVpState,
+    ) -> Result<Self, SpawnVpError> {
+        let halted: Arc<Vec<AtomicU8>> =
+            Arc::new(new.processors.iter().map(|_| AtomicU8::new(NOT_HALTED)).collect());
+        let threads = (0..).zip(new.processors).map(|(index, binder)| {
+            let (halted, halts) = (halted.clone(), halts.clone());
+            let partition: Arc<dyn Partition> = new.partition.clone();
+            VpThread::spawn(VpIndex(index), binder, partition, io.clone(), move |vp, reason| {
+                let mark = if matches!(reason, VpHaltReason::Fault(_)) { FAILED } else { HALTED };
+                halted[vp.0 as usize].store(mark, Ordering::Release);
+                // The driver may have taken the machine down meanwhile.
+                let _ = halts.send((vp, reason));
+            })
+        });
+        let threads = join_all(threads).await;
+        let (mut bound, mut failure) = (Vec::new(), None);
+        for thread in threads {
+            match thread {
+                Ok(thread) => bound.push(thread),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        match failure {
+            None => Ok(Self {
+                threads: RwLock::new(bound),
+                halted,
+                running: AtomicBool::new(false),
+                initial: Mutex::new(Some(initial)),
+            }),
+            Some(error) => {
+                join_all(bound.into_iter().map(VpThread::shutdown)).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets all VPs run; VP 0 from the boot loader's state if the guest starts anew. If one cannot, none does.
+    pub async fn start(&self) -> Result<(), VpError> {
+        let threads = self.threads.read().await;
+        self.halted.iter().for_each(|mark| mark.store(NOT_HALTED, Ordering::Release));
+        let initial = self.take_initial();
+        let states = std::iter::once(initial).chain(std::iter::repeat(None));
+        let starts = threads.iter().zip(states).map(|(vp, initial)| start_vp(vp, initial));
+        let started = join_all(starts).await;
+        if let (Some(state), Some(Err(_))) = (initial, started.first()) {
+            self.start_with(state);
+        }
+        if let Err(error) = started.into_iter().collect::<Result<(), VpError>>() {
+            // A VP whose thread is gone runs no more: there is nothing to stop there.
+            join_all(threads.iter().map(VpThread::stop)).await;
+            return Err(error);
+        }
+        self.running.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Stops all VPs: when this resolves, none is in the guest. A VP whose thread is gone counts as stopped.
+    pub async fn stop(&self) {
+        let threads = self.threads.read().await;
+        join_all(threads.iter().map(VpThread::stop)).await;
+        self.running.store(false, Ordering::Release);
+    }
+
+    /// Puts all VPs into the state in which they were created.
+    pub async fn reset(&self) -> Result<(), VpError> {
+        let threads = self.threads.read().await;
+        try_join_all(threads.iter().map(VpThread::reset)).await.map(drop)
+    }
+
+    /// What VP 0 is to start with.
+    pub fn start_with(&self, state: InitialVpState) {
+        *self.initial.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    }
+
+    fn take_initial(&self) -> Option<InitialVpState> {
+        self.initial.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What each VP is doing. A VP that runs leaves the guest for a moment to say so.
+    pub async fn activities(&self, within: Duration) -> Vec<VpActivity> {
+        let threads = self.threads.read().await;
+        let running = self.running.load(Ordering::Acquire);
+        let marks = self.halted.iter().map(|mark| mark.load(Ordering::Acquire));
+        let activities = threads.iter().zip(marks).map(|(thread, mark)| async move {
+            match mark {
+                FAILED => VpActivity::Failed,
+                HALTED => VpActivity::Stopped,
+                _ if !running => VpActivity::Stopped,
+                _ => tokio::time::timeout(within, activity(thread)).await.unwrap_or(VpActivity::Unanswered),
+            }
+        });
+        join_all(activities).await
+    }
+
+    /// Ends all VPs and waits for their threads.
+    pub async fn shutdown(&self) {
+        let threads = std::mem::take(&mut *self.threads.write().await);
+        join_all(threads.into_iter().map(VpThread::shutdown)).await;
+    }
+}
+
+async fn activity(thread: &VpThread) -> VpActivity {
+    match thread.access(|state| state.mp_state()).await {
+        Ok(Ok(MpState::Runnable)) => VpActivity::Running,
+        Ok(Ok(MpState::Halted)) => VpActivity::Halted,
+        Ok(Ok(MpState::WaitForSipi)) => VpActivity::WaitForSipi,
+        Ok(Err(_)) | Err(_) => VpActivity::Failed,
+    }
+}
+
+async fn start_vp(vp: &VpThread, initial: Option<InitialVpState>) -> Result<(), VpError> {
+    let Some(state) = initial else { return vp.start().await };
+    vp.start_from(move |access| {
+        access.set_system_registers(&state.system_registers)?;
+        access.set_registers(&state.registers)
+    })
+    .await
+}

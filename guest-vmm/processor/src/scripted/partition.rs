@@ -1,0 +1,130 @@
+//! What the VPs of a scripted partition share: memory, and what each is told from outside.
+
+use crate::{MsiRequest, Partition, PartitionConfig, PartitionError, VpIndex};
+use std::collections::BTreeSet;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use vm_memory::GuestMemoryMmap;
+
+/// The IOAPIC's pins.
+const PINS: usize = 24;
+
+/// The local APIC ID that means all VPs.
+const BROADCAST: u32 = 0xff;
+
+/// A scripted partition.
+pub(super) struct ScriptedPartition {
+    pub(super) memory: GuestMemoryMmap,
+    vps: Vec<Mailbox>,
+    routes: Mutex<[Option<MsiRequest>; PINS]>,
+}
+
+/// What one VP is told from outside.
+#[derive(Default)]
+pub(super) struct Mailbox {
+    signals: Mutex<Signals>,
+    changed: Condvar,
+}
+
+/// What a VP has not looked at yet.
+#[derive(Default)]
+pub(super) struct Signals {
+    pub(super) yield_requested: bool,
+    /// The vectors of interrupts, the highest first.
+    pub(super) interrupts: BTreeSet<u8>,
+    /// Where it is to start, if it waits for that.
+    pub(super) start: Option<u64>,
+}
+
+impl Mailbox {
+    /// A panic of another thread leaves the signals whole: they are only set and taken.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Signals> {
+        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Signals)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Takes what `ready` finds, waiting for it until there is a request to yield.
+    pub(super) fn wait<T>(&self, mut ready: impl FnMut(&mut Signals) -> Option<T>) -> Option<T> {
+        let mut signals = self.lock();
+        while !signals.yield_requested {
+            if let Some(found) = ready(&mut signals) {
+                return Some(found);
+            }
+            signals = self.changed.wait(signals).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    /// Lets some time go by, but not if there is a request to yield.
+    pub(super) fn pause(&self, time: Duration) {
+        let unasked = |signals: &mut Signals| !signals.yield_requested;
+        drop(self.changed.wait_timeout_while(self.lock(), time, unasked));
+    }
+}
+
+impl ScriptedPartition {
+    pub(super) fn new(config: &PartitionConfig) -> Self {
+        let vps = (0..config.vp_count).map(|_| Mailbox::default()).collect();
+        Self { memory: config.memory.clone(), vps, routes: Mutex::default() }
+    }
+
+    /// What a VP of this partition is told.
+    pub(super) fn mailbox(&self, vp: VpIndex) -> Option<&Mailbox> {
+        self.vps.get(vp.0 as usize)
+    }
+
+    /// Tells a VP to start at the address, should it wait for that.
+    pub(super) fn start_vp(&self, vp: VpIndex, target: u64) {
+        if let Some(mailbox) = self.mailbox(vp) {
+            mailbox.tell(|signals| signals.start = Some(target));
+        }
+    }
+
+    /// Whether some pin of the IOAPIC sends level-triggered interrupts with this vector.
+    pub(super) fn is_level_triggered(&self, vector: u8) -> bool {
+        let routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        routes.iter().flatten().any(|route| route.level_triggered() && vector_of(route) == vector)
+    }
+}
+
+fn vector_of(request: &MsiRequest) -> u8 {
+    request.data.to_le_bytes()[0]
+}
+
+impl Partition for ScriptedPartition {
+    fn request_yield(&self, vp: VpIndex) {
+        if let Some(mailbox) = self.mailbox(vp) {
+            mailbox.tell(|signals| signals.yield_requested = true);
+        }
+    }
+
+    /// To the VP whose number is the destination (address bits 12 to 19), or to all of them.
+    fn signal_msi(&self, request: MsiRequest) -> Result<(), PartitionError> {
+        let destination = u32::from((request.address >> 12).to_le_bytes()[0]);
+        for (vp, mailbox) in (0..).zip(&self.vps) {
+            if destination == vp || destination == BROADCAST {
+                mailbox.tell(|signals| signals.interrupts.extend([vector_of(&request)]));
+            }
+        }
+        Ok(())
+    }
+
+    fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>) -> Result<(), PartitionError> {
+        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(route) = routes.get_mut(usize::from(pin)) else {
+            let source = std::io::Error::other(format!("pin {pin}, and there are {PINS}"));
+            return Err(PartitionError::Call { call: "setting an IOAPIC route", source });
+        };
+        *route = request;
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), PartitionError> {
+        *self.routes.lock().unwrap_or_else(PoisonError::into_inner) = Default::default();
+        Ok(())
+    }
+}

@@ -1,0 +1,312 @@
+//! The interpreter: a VP that runs a script.
+
+use super::ScriptedOptions;
+use super::instruction::{DecodeError, Instruction};
+use super::partition::{Mailbox, ScriptedPartition};
+use crate::{
+    AccessVpState, CpuIo, MpState, PowerRequest, Processor, Registers, StopVp, SystemRegisters, VpFault,
+    VpHaltReason, VpIndex, run_guest,
+};
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+/// The longest instruction: 64 KiB of data behind an opcode, a port and a length.
+const LONGEST_INSTRUCTION: usize = 0x1_0004;
+
+/// How much of an instruction is fetched at first.
+const FIRST_FETCH: usize = 64;
+
+/// How long a script that polls waits between two reads, so that it leaves the host some time.
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
+
+/// What can go wrong with a scripted VP's state.
+#[derive(Debug, thiserror::Error)]
+pub enum ScriptedError {
+    /// The options say so.
+    #[error("the options say that the registers of VP {vp} cannot be set")]
+    SetRegisters {
+        /// The VP.
+        vp: VpIndex,
+    },
+}
+
+/// Why the interpreter comes back.
+enum Leave {
+    /// It was asked to yield.
+    Yield,
+    /// The VP halts.
+    Halt(VpHaltReason),
+}
+
+/// Goes on, or leaves the guest.
+type Step = ControlFlow<Leave>;
+
+/// A VP that runs a script.
+pub struct ScriptedProcessor {
+    vp: VpIndex,
+    partition: Arc<ScriptedPartition>,
+    options: ScriptedOptions,
+    registers: Registers,
+    system: SystemRegisters,
+    mp_state: MpState,
+}
+
+impl ScriptedProcessor {
+    pub(super) fn new(vp: VpIndex, partition: Arc<ScriptedPartition>, options: ScriptedOptions) -> Self {
+        let mp_state = if vp.0 == 0 { MpState::Runnable } else { MpState::WaitForSipi };
+        // As an x86 processor after its reset (Intel SDM volume 3, table 11-1).
+        let registers = Registers { rip: 0xfff0, rflags: 2, ..Registers::default() };
+        Self { vp, partition, options, registers, system: SystemRegisters::default(), mp_state }
+    }
+
+    fn mailbox(&self) -> &Mailbox {
+        self.partition.mailbox(self.vp).expect("the partition made as many mailboxes as VPs")
+    }
+
+    /// Runs the script until the VP is asked to yield, or halts.
+    fn enter(&mut self, io: &impl CpuIo) -> ControlFlow<VpHaltReason> {
+        loop {
+            let step = match self.mp_state {
+                _ if self.mailbox().lock().yield_requested => Step::Break(Leave::Yield),
+                MpState::Runnable => self.step(io),
+                MpState::Halted => self.wait_for_interrupt(io),
+                MpState::WaitForSipi => self.wait_for_start(),
+            };
+            match step {
+                Step::Continue(()) => {}
+                Step::Break(Leave::Yield) => {
+                    self.mailbox().lock().yield_requested = false;
+                    return ControlFlow::Continue(());
+                }
+                Step::Break(Leave::Halt(reason)) => return ControlFlow::Break(reason),
+            }
+        }
+    }
+
+    fn wait_for_interrupt(&mut self, io: &impl CpuIo) -> Step {
+        let Some(vector) = self.mailbox().wait(|signals| signals.interrupts.pop_last()) else {
+            return Step::Break(Leave::Yield);
+        };
+        self.registers.rdx = vector.into();
+        self.mp_state = MpState::Runnable;
+        if self.partition.is_level_triggered(vector) {
+            io.handle_eoi(vector);
+        }
+        Step::Continue(())
+    }
+
+    fn wait_for_start(&mut self) -> Step {
+        let Some(target) = self.mailbox().wait(|signals| signals.start.take()) else {
+            return Step::Break(Leave::Yield);
+        };
+        self.registers.rip = target;
+        self.mp_state = MpState::Runnable;
+        Step::Continue(())
+    }
+
+    /// Runs one instruction.
+    fn step(&mut self, io: &impl CpuIo) -> Step {
+        if self.options.panic_at_first_instruction == Some(self.vp) {
+            panic!("the options say that VP {} panics", self.vp);
+        }
+        let (instruction, len) = match self.fetch() {
+            Ok(fetched) => fetched,
+            Err(reason) => return self.fault(reason),
+        };
+        let rip = self.registers.rip;
+        self.registers.rip = rip.wrapping_add(len as u64);
+        self.execute(instruction, rip, io)
+    }
+
+    fn fetch(&self) -> Result<(Instruction, usize), String> {
+        let rip = self.registers.rip;
+        let mut decoded = Err(DecodeError::Truncated);
+        // Few instructions are long, so that a second fetch is rare.
+        for longest in [FIRST_FETCH, LONGEST_INSTRUCTION] {
+            decoded = Instruction::decode(&self.fetch_bytes(longest)?);
+            if decoded != Err(DecodeError::Truncated) {
+                break;
+            }
+        }
+        decoded.map_err(|error| match error {
+            DecodeError::Opcode(opcode) => format!("bad opcode {opcode:#x} at {rip:#x}"),
+            DecodeError::Width(width) => format!("an access of {width} bytes at {rip:#x}"),
+            DecodeError::Truncated => format!("the instruction at {rip:#x} reaches outside memory"),
+        })
+    }
+
+    fn fetch_bytes(&self, longest: usize) -> Result<Vec<u8>, String> {
+        let rip = self.registers.rip;
+        let mut bytes = vec![0; longest];
+        let outside = |_| format!("the instruction at {rip:#x} is outside memory");
+        let len = self.partition.memory.read(&mut bytes, GuestAddress(rip)).map_err(outside)?;
+        bytes.truncate(len);
+        Ok(bytes)
+    }
+
+    fn execute(&mut self, instruction: Instruction, rip: u64, io: &impl CpuIo) -> Step {
+        match instruction {
+            Instruction::Out { port, data } => return self.out(port, &data, io),
+            Instruction::OutValue { port, width, value } => {
+                return self.write_port(port, &value.to_le_bytes()[..width.into()], io);
+            }
+            Instruction::Echo { from, to } => {
+                let byte = self.read_port(from, io);
+                return self.write_port(to, &[byte], io);
+            }
+            Instruction::Write { address, data } => return self.write(address, &data, io),
+            Instruction::Read { address, len, port } => {
+                let value = self.read(address, len, io);
+                return self.out(port, &value.to_le_bytes()[..len.into()], io);
+            }
+            Instruction::Halt => self.mp_state = MpState::Halted,
+            Instruction::Spin => {
+                self.registers.rip = rip;
+                self.mailbox().wait(|_| None::<Infallible>);
+                return Step::Break(Leave::Yield);
+            }
+            Instruction::Jump { target } => self.registers.rip = target,
+            Instruction::Fault => {
+                self.registers.rip = rip;
+                return self.fault(format!("the script asked for a fault at {rip:#x}"));
+            }
+            Instruction::StartVp { vp, target } => self.partition.start_vp(vp, target),
+            Instruction::Poll { port, mask } => {
+                if self.read_port(port, io) & mask == 0 {
+                    self.registers.rip = rip;
+                    self.mailbox().pause(POLL_INTERVAL);
+                }
+            }
+            Instruction::SetCounter { value } => self.registers.rcx = value,
+            Instruction::Repeat { target } => {
+                self.registers.rcx = self.registers.rcx.wrapping_sub(1);
+                if self.registers.rcx != 0 {
+                    self.registers.rip = target;
+                }
+            }
+            Instruction::OutVector { port } => {
+                return self.write_port(port, &self.registers.rdx.to_le_bytes()[..1], io);
+            }
+        }
+        Step::Continue(())
+    }
+
+    fn out(&self, port: u16, data: &[u8], io: &impl CpuIo) -> Step {
+        data.chunks(1).try_for_each(|byte| self.write_port(port, byte, io))
+    }
+
+    fn write_port(&self, port: u16, data: &[u8], io: &impl CpuIo) -> Step {
+        io.write_io(self.vp, port, data).map_break(power)
+    }
+
+    fn read_port(&mut self, port: u16, io: &impl CpuIo) -> u8 {
+        let mut byte = [0];
+        io.read_io(self.vp, port, &mut byte);
+        self.registers.rax = byte[0].into();
+        byte[0]
+    }
+
+    /// Writes to memory, or to a register where there is none.
+    fn write(&self, address: u64, data: &[u8], io: &impl CpuIo) -> Step {
+        if self.in_memory(address, data.len()) {
+            let written = self.partition.memory.write_slice(data, GuestAddress(address));
+            written.expect("the range was found to be in memory");
+            return Step::Continue(());
+        }
+        io.write_mmio(self.vp, address, data).map_break(power)
+    }
+
+    /// Reads memory, or a register where there is none.
+    fn read(&mut self, address: u64, len: u8, io: &impl CpuIo) -> u64 {
+        let mut value = [0; 8];
+        let data = &mut value[..len.into()];
+        if self.in_memory(address, data.len()) {
+            let read = self.partition.memory.read_slice(data, GuestAddress(address));
+            read.expect("the range was found to be in memory");
+        } else {
+            io.read_mmio(self.vp, address, data);
+        }
+        self.registers.rax = u64::from_le_bytes(value);
+        self.registers.rax
+    }
+
+    fn in_memory(&self, address: u64, len: usize) -> bool {
+        self.partition.memory.check_range(GuestAddress(address), len)
+    }
+
+    fn fault(&self, reason: String) -> Step {
+        let registers = Some(Box::new(self.registers));
+        let fault = VpFault { vp: self.vp, reason, registers, note: None };
+        Step::Break(Leave::Halt(VpHaltReason::Fault(Box::new(fault))))
+    }
+}
+
+fn power(request: PowerRequest) -> Leave {
+    Leave::Halt(match request {
+        PowerRequest::PowerOff => VpHaltReason::PowerOff,
+        PowerRequest::Reset => VpHaltReason::Reset,
+    })
+}
+
+impl Processor for ScriptedProcessor {
+    type Error = ScriptedError;
+    type StateAccess<'a> = ScriptedState<'a>;
+
+    async fn run_vp(&mut self, stop: &mut StopVp, io: &impl CpuIo) -> Result<Infallible, VpHaltReason> {
+        run_guest(stop, || self.enter(io)).await
+    }
+
+    /// Nothing to do: an instruction is whole when the interpreter comes back.
+    fn flush_async_requests(&mut self) -> Result<(), ScriptedError> {
+        Ok(())
+    }
+
+    fn access_state(&mut self) -> ScriptedState<'_> {
+        ScriptedState(self)
+    }
+
+    fn reset(&mut self) -> Result<(), ScriptedError> {
+        let mut signals = self.mailbox().lock();
+        signals.interrupts.clear();
+        signals.start = None;
+        drop(signals);
+        *self = Self::new(self.vp, self.partition.clone(), self.options);
+        Ok(())
+    }
+}
+
+/// The state of a stopped scripted VP.
+pub struct ScriptedState<'a>(&'a mut ScriptedProcessor);
+
+impl AccessVpState for ScriptedState<'_> {
+    type Error = ScriptedError;
+
+    fn registers(&mut self) -> Result<Registers, ScriptedError> {
+        Ok(self.0.registers)
+    }
+
+    fn set_registers(&mut self, value: &Registers) -> Result<(), ScriptedError> {
+        let vp = self.0.vp;
+        if self.0.options.fail_set_registers == Some(vp) {
+            return Err(ScriptedError::SetRegisters { vp });
+        }
+        self.0.registers = *value;
+        Ok(())
+    }
+
+    fn system_registers(&mut self) -> Result<SystemRegisters, ScriptedError> {
+        Ok(self.0.system)
+    }
+
+    fn set_system_registers(&mut self, value: &SystemRegisters) -> Result<(), ScriptedError> {
+        self.0.system = *value;
+        Ok(())
+    }
+
+    fn mp_state(&mut self) -> Result<MpState, ScriptedError> {
+        Ok(self.0.mp_state)
+    }
+}

@@ -1,0 +1,248 @@
+//! The thread that one VP is bound to.
+//!
+//! [`VpThread`] binds a VP on a thread of its own and runs it there. Starting, stopping, resetting and looking at the VP are
+//! messages to that thread, answered in the order in which they were first polled; a VP in the guest leaves it for them.
+//! `executor` says why no wake-up is lost, `task` what the thread does.
+//!
+//! Limits: the state is reached with closures that run on the VP's thread, which should not block. A panic there, in the
+//! processor or in a device that the VP calls, ends the thread and no more than it: see [`VpThread::spawn`].
+
+mod executor;
+mod task;
+
+use crate::{BindProcessor, CpuIo, ErasedVpState, Partition, PartitionError, VpFault, VpHaltReason, VpIndex};
+use executor::{Wakeup, block_on};
+use futures::channel::{mpsc, oneshot};
+use std::any::Any;
+use std::convert::Infallible;
+use std::error::Error;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use task::{Command, VpTask};
+
+/// A VP whose thread has ended: it panicked, or the VP is being shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the thread of VP {vp} is gone")]
+pub struct VpGone {
+    /// The VP.
+    pub vp: VpIndex,
+}
+
+/// What a VP's thread answers when it cannot do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VpError {
+    /// The thread has ended.
+    #[error(transparent)]
+    Gone(#[from] VpGone),
+    /// The VP has to be stopped for this, and runs.
+    #[error("VP {vp} is running")]
+    Running {
+        /// The VP.
+        vp: VpIndex,
+    },
+    /// The VP's state could not be read or written.
+    #[error("the state of VP {vp} could not be reached")]
+    State {
+        /// The VP.
+        vp: VpIndex,
+        /// What the hypervisor said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Why a VP has no thread.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnVpError {
+    /// The system gave no thread.
+    #[error("no thread for VP {vp}")]
+    Thread {
+        /// The VP.
+        vp: VpIndex,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VP could not be bound to its thread.
+    #[error("VP {vp} could not be bound to its thread")]
+    Bind {
+        /// The VP.
+        vp: VpIndex,
+        /// What the hypervisor said.
+        #[source]
+        source: PartitionError,
+    },
+    /// Binding the VP panicked.
+    #[error("binding VP {vp} panicked: {message}")]
+    Panicked {
+        /// The VP.
+        vp: VpIndex,
+        /// What the panic said.
+        message: String,
+    },
+}
+
+/// The thread of one VP, named `vp-N`.
+///
+/// Dropping it asks the thread to end and does not wait; [`VpThread::shutdown`] waits. The thread drops the processor
+/// before it ends. A partition should be dropped only after all its VPs were shut down, or it may be closed by a VP's thread.
+///
+/// The futures of its methods are `Send` and may be polled by any executor. One that is dropped after its first poll leaves
+/// its command in force.
+pub struct VpThread {
+    vp: VpIndex,
+    commands: mpsc::UnboundedSender<Command>,
+    ended: oneshot::Receiver<Infallible>,
+    thread: JoinHandle<()>,
+}
+
+impl VpThread {
+    /// Starts a thread and binds the VP there; the VP does not run yet. Resolves when it is bound or could not be.
+    ///
+    /// `on_halt` is called on the VP's thread whenever the VP halts by itself (power-off, reset, fault), once for each time
+    /// it was started, and never for a stop. The VP then waits to be started again.
+    ///
+    /// A panic on the VP's thread ends it. `on_halt` is then called with a [`VpHaltReason::Fault`] that has the panic's
+    /// message in it, and every call that waits for the thread, or comes later, answers [`VpGone`].
+    pub async fn spawn<B: BindProcessor>(
+        vp: VpIndex,
+        binder: B,
+        partition: Arc<dyn Partition>,
+        io: Arc<dyn CpuIo>,
+        on_halt: impl Fn(VpIndex, VpHaltReason) + Send + 'static,
+    ) -> Result<Self, SpawnVpError> {
+        let (commands, receiver) = mpsc::unbounded();
+        let (bound, is_bound) = oneshot::channel();
+        let (ending, ended) = oneshot::channel();
+        let body = move || {
+            // Dropped last, whatever happens: the thread has nothing left to do then.
+            let _ending: oneshot::Sender<Infallible> = ending;
+            run_thread(vp, NewVp { binder, partition, io, commands: receiver }, bound, on_halt);
+        };
+        let thread = Builder::new()
+            .name(format!("vp-{vp}"))
+            .spawn(body)
+            .map_err(|source| SpawnVpError::Thread { vp, source })?;
+        is_bound.await.expect("the thread answers before it drops its end, and binding cannot unwind")?;
+        Ok(Self { vp, commands, ended, thread })
+    }
+
+    /// The VP's number.
+    pub fn vp(&self) -> VpIndex {
+        self.vp
+    }
+
+    /// Lets the VP run. It is an error if it does already.
+    pub async fn start(&self) -> Result<(), VpError> {
+        self.ask(|answer| Command::Start(None, answer)).await?
+    }
+
+    /// Calls `prepare` with the stopped VP's state, on the VP's thread, and lets the VP run unless that fails. One message where
+    /// [`VpThread::access`] and [`VpThread::start`] are two, each with its way there and back.
+    pub async fn start_from<F>(&self, prepare: F) -> Result<(), VpError>
+    where
+        F: FnOnce(&mut dyn ErasedVpState) -> Result<(), Box<dyn Error + Send + Sync>> + Send + 'static,
+    {
+        self.ask(|answer| Command::Start(Some(Box::new(prepare)), answer)).await?
+    }
+
+    /// Stops the VP. When this resolves it has left the guest and stays out, even if it had halted by itself or was never
+    /// started. A halt that came first has been reported by then.
+    pub async fn stop(&self) -> Result<(), VpGone> {
+        self.ask(Command::Stop).await
+    }
+
+    /// Puts the stopped VP into the state in which its partition created it. [`Partition::reset`] comes first.
+    pub async fn reset(&self) -> Result<(), VpError> {
+        self.ask(Command::Reset).await?
+    }
+
+    /// Calls `access` with the VP's state, on the VP's thread, everything that the VP had begun being complete.
+    ///
+    /// A VP that runs is stopped for it and goes on afterwards, of which `on_halt` learns nothing.
+    pub async fn access<R, F>(&self, access: F) -> Result<R, VpError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut dyn ErasedVpState) -> R + Send + 'static,
+    {
+        self.ask(|answer| {
+            Command::Access(Box::new(move |state| {
+                let _ = answer.send(state.map(access));
+            }))
+        })
+        .await?
+    }
+
+    /// Ends the thread, wherever the VP is, and resolves when it has ended and its processor is no more.
+    pub async fn shutdown(self) {
+        let Self { vp: _, commands, ended, thread } = self;
+        drop(commands);
+        let _ = ended.await;
+        // Nothing is left on that thread but its way out of the system. A panic of it was reported to `on_halt`.
+        let _ = thread.join();
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, VpGone> {
+        let gone = VpGone { vp: self.vp };
+        let (answer, answered) = oneshot::channel();
+        self.commands.unbounded_send(command(answer)).map_err(|_| gone)?;
+        answered.await.map_err(|_| gone)
+    }
+}
+
+/// What a thread makes its VP of.
+struct NewVp<B> {
+    binder: B,
+    partition: Arc<dyn Partition>,
+    io: Arc<dyn CpuIo>,
+    commands: mpsc::UnboundedReceiver<Command>,
+}
+
+/// The whole of a VP's thread.
+fn run_thread<B: BindProcessor>(
+    vp: VpIndex,
+    new: NewVp<B>,
+    bound: oneshot::Sender<Result<(), SpawnVpError>>,
+    on_halt: impl Fn(VpIndex, VpHaltReason),
+) {
+    let NewVp { binder, partition, io, commands } = new;
+    let processor = match bind(vp, binder) {
+        Ok(processor) => processor,
+        Err(error) => return drop(bound.send(Err(error))),
+    };
+    if bound.send(Ok(())).is_err() {
+        return; // Whoever wanted the VP has gone away meanwhile.
+    }
+    let served = catch_unwind(AssertUnwindSafe(|| {
+        let wakeup = Wakeup::new(vp, partition);
+        let on_halt = &on_halt;
+        let task = VpTask { vp, processor, commands, io, wakeup: wakeup.clone(), on_halt, running: false };
+        block_on(&wakeup, task.serve());
+    }));
+    if let Err(panic) = served {
+        report_panic(vp, &message(&*panic), on_halt);
+    }
+}
+
+fn bind<B: BindProcessor>(vp: VpIndex, binder: B) -> Result<B::Processor, SpawnVpError> {
+    match catch_unwind(AssertUnwindSafe(|| binder.bind())) {
+        Ok(bound) => bound.map_err(|source| SpawnVpError::Bind { vp, source }),
+        Err(panic) => Err(SpawnVpError::Panicked { vp, message: message(&*panic) }),
+    }
+}
+
+fn report_panic(vp: VpIndex, message: &str, on_halt: impl Fn(VpIndex, VpHaltReason)) {
+    let reason = format!("the VP's thread panicked: {message}");
+    let fault = Box::new(VpFault { vp, reason, registers: None, note: None });
+    let reported = catch_unwind(AssertUnwindSafe(|| on_halt(vp, VpHaltReason::Fault(fault))));
+    if reported.is_err() {
+        tracing::error!(%vp, message, "a VP's thread panicked, and so did the report of it");
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}

@@ -1,0 +1,153 @@
+//! What guests run on: KVM, or scripts for tests without a hypervisor.
+
+use devices::SerialOutput;
+use kvm::KvmHypervisor;
+use machine::{Halt, InjectedFault, Machine, MachineConfig, MachineError};
+use processor::scripted::{ScriptedHypervisor, ScriptedOptions};
+use processor::{Hypervisor, PartitionError, VpIndex};
+use std::str::FromStr;
+use std::sync::Arc;
+use tokio::sync::{OnceCell, mpsc};
+
+/// What guests run on, as `--hypervisor` names it.
+///
+/// `kvm`; or `scripted`, a processor that interprets scripts, whose faults are injected by `fail-bind=VP`, `fail-start=VP`,
+/// `panic=VP` and `fail-unit=start|stop|reset|stop-hangs` behind commas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Platform {
+    /// The host's KVM.
+    Kvm,
+    /// Scripts.
+    Scripted(ScriptedOptions, Option<InjectedFault>),
+}
+
+/// A name that is none of a hypervisor's.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "hypervisor {0:?}: `kvm` and `scripted[,fail-bind=VP][,fail-start=VP][,panic=VP][,fail-unit=OPERATION]` are known"
+)]
+pub struct UnknownPlatform(String);
+
+impl FromStr for Platform {
+    type Err = UnknownPlatform;
+
+    fn from_str(text: &str) -> Result<Self, UnknownPlatform> {
+        let mut parts = text.split(',');
+        match parts.next() {
+            Some("kvm") if text == "kvm" => Ok(Self::Kvm),
+            Some("scripted") => {
+                let mut options = ScriptedOptions::default();
+                let mut inject = None;
+                for part in parts {
+                    read_fault(part, &mut options, &mut inject)
+                        .ok_or_else(|| UnknownPlatform(text.to_owned()))?;
+                }
+                Ok(Self::Scripted(options, inject))
+            }
+            _ => Err(UnknownPlatform(text.to_owned())),
+        }
+    }
+}
+
+fn read_fault(part: &str, options: &mut ScriptedOptions, inject: &mut Option<InjectedFault>) -> Option<()> {
+    let (name, value) = part.split_once('=')?;
+    let vp = || value.parse().ok().map(VpIndex);
+    match name {
+        "fail-bind" => options.fail_bind = Some(vp()?),
+        "fail-start" => options.fail_set_registers = Some(vp()?),
+        "panic" => options.panic_at_first_instruction = Some(vp()?),
+        "fail-unit" => {
+            *inject = Some(match value {
+                "start" => InjectedFault::Start,
+                "stop" => InjectedFault::Stop,
+                "reset" => InjectedFault::Reset,
+                "stop-hangs" => InjectedFault::StopHangs,
+                _ => return None,
+            });
+        }
+        _ => return None,
+    }
+    Some(())
+}
+
+/// A platform, and what has been opened of it.
+pub(crate) struct Host {
+    platform: Platform,
+    /// Opening it takes as long as half a launch, and what it tells of the host does not change. A failure is not kept.
+    kvm: OnceCell<KvmHypervisor>,
+}
+
+impl Host {
+    pub fn new(platform: Platform) -> Self {
+        Self { platform, kvm: OnceCell::new() }
+    }
+
+    /// Opens the platform before it is needed. What fails will fail again for whom it matters.
+    pub async fn open_ahead(&self) {
+        if self.platform == Platform::Kvm
+            && let Err(error) = self.kvm().await
+        {
+            tracing::debug!(%error, "KVM cannot be opened yet");
+        }
+    }
+
+    async fn kvm(&self) -> Result<&KvmHypervisor, PartitionError> {
+        let open = || async {
+            let opened = tokio::task::spawn_blocking(KvmHypervisor::open).await;
+            opened.unwrap_or_else(|panic| Err(PartitionError::Unavailable(panic.to_string())))
+        };
+        self.kvm.get_or_try_init(open).await
+    }
+
+    /// The most VPs that a guest can have here.
+    pub async fn max_vps(&self) -> Result<u32, PartitionError> {
+        match &self.platform {
+            Platform::Kvm => self.kvm().await?.max_vps(),
+            Platform::Scripted(options, _) => ScriptedHypervisor { options: *options }.max_vps(),
+        }
+    }
+
+    /// Makes a machine.
+    pub async fn build(
+        &self,
+        config: MachineConfig,
+        output: Arc<dyn SerialOutput>,
+        halts: mpsc::UnboundedSender<Halt>,
+        cancelled: impl Fn() -> bool + Send + 'static,
+    ) -> Result<Machine, MachineError> {
+        match &self.platform {
+            Platform::Kvm => {
+                let kvm = self.kvm().await.map_err(MachineError::Partition)?.clone();
+                Machine::build(kvm, config, output, halts, cancelled).await
+            }
+            Platform::Scripted(options, inject) => {
+                let scripted = ScriptedHypervisor { options: *options };
+                let config = MachineConfig { inject: *inject, ..config };
+                Machine::build(scripted, config, output, halts, cancelled).await
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_and_others_refused() {
+        assert_eq!("kvm".parse::<Platform>().expect("known"), Platform::Kvm);
+        let Platform::Scripted(options, inject) =
+            "scripted,fail-start=1,fail-unit=stop".parse().expect("known")
+        else {
+            panic!("scripted")
+        };
+        assert_eq!(options.fail_set_registers, Some(VpIndex(1)));
+        assert_eq!(inject, Some(InjectedFault::Stop));
+        for unknown in
+            ["", "xen", "kvm,panic=0", "scripted,panic", "scripted,panic=x", "scripted,fail-unit=all"]
+        {
+            let error = unknown.parse::<Platform>().expect_err(unknown);
+            assert!(error.to_string().contains(&format!("{unknown:?}")), "{error}");
+        }
+    }
+}

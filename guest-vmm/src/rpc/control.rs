@@ -1,0 +1,78 @@
+//! GuestControl: the operator's capability, to the guest of one create.
+
+use super::observer::Observed;
+use crate::driver::{Command, DriverHandle};
+use crate::guest::Guest;
+use guest_schema::Failure;
+use guest_schema::guest_capnp::{guest_control, observer};
+use std::rc::Rc;
+
+/// A guest, controlled.
+pub(crate) struct Control {
+    driver: DriverHandle,
+    guest: Rc<Guest>,
+}
+
+impl Control {
+    pub fn new(driver: DriverHandle, guest: Rc<Guest>) -> Self {
+        Self { driver, guest }
+    }
+}
+
+impl guest_control::Server for Control {
+    async fn pause(
+        self: Rc<Self>,
+        _: guest_control::PauseParams,
+        mut results: guest_control::PauseResults,
+    ) -> capnp::Result<()> {
+        Failure::write_result(
+            &self.driver.ask_of(&self.guest, Command::Pause).await,
+            results.get().init_result(),
+        );
+        Ok(())
+    }
+
+    async fn resume(
+        self: Rc<Self>,
+        _: guest_control::ResumeParams,
+        mut results: guest_control::ResumeResults,
+    ) -> capnp::Result<()> {
+        Failure::write_result(
+            &self.driver.ask_of(&self.guest, Command::Resume).await,
+            results.get().init_result(),
+        );
+        Ok(())
+    }
+
+    async fn reset(
+        self: Rc<Self>,
+        _: guest_control::ResetParams,
+        mut results: guest_control::ResetResults,
+    ) -> capnp::Result<()> {
+        Failure::write_result(
+            &self.driver.ask_of(&self.guest, Command::Reset).await,
+            results.get().init_result(),
+        );
+        Ok(())
+    }
+
+    async fn stop(
+        self: Rc<Self>,
+        _: guest_control::StopParams,
+        mut results: guest_control::StopResults,
+    ) -> capnp::Result<()> {
+        let stopped = self.driver.ask_of(&self.guest, Command::Stop).await;
+        Failure::write_result(&stopped, results.get().init_result());
+        Ok(())
+    }
+
+    async fn observer(
+        self: Rc<Self>,
+        _: guest_control::ObserverParams,
+        mut results: guest_control::ObserverResults,
+    ) -> capnp::Result<()> {
+        let observer: observer::Client = capnp_rpc::new_client(Observed::new(self.guest.clone()));
+        results.get().set_observer(observer);
+        Ok(())
+    }
+}

@@ -1,0 +1,67 @@
+//! Guest: the user's capability.
+
+use super::observer::Observed;
+use super::streams::{SerialStream, pump};
+use crate::guest::Guest;
+use guest_schema::common_capnp::byte_stream;
+use guest_schema::guest_capnp::{guest, observer};
+use guest_schema::{Failure, GuestError};
+use guest_transport::broken;
+use std::rc::Rc;
+use tokio::task::spawn_local;
+
+/// A guest, bound.
+pub(crate) struct BoundGuest(Rc<Guest>);
+
+impl BoundGuest {
+    pub fn new(guest: Rc<Guest>) -> Self {
+        Self(guest)
+    }
+}
+
+impl guest::Server for BoundGuest {
+    async fn get_serial(
+        self: Rc<Self>,
+        params: guest::GetSerialParams,
+        mut results: guest::GetSerialResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        if params.has_output() {
+            spawn_local(pump(self.0.log().clone(), params.get_output()?));
+        }
+        let input: byte_stream::Client = capnp_rpc::new_client(SerialStream::new(self.0.clone()));
+        results.get().set_input(input);
+        Ok(())
+    }
+
+    async fn get_console(
+        self: Rc<Self>,
+        _: guest::GetConsoleParams,
+        mut results: guest::GetConsoleResults,
+    ) -> capnp::Result<()> {
+        let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no console");
+        let mut results = results.get();
+        results.set_input(broken(&failure));
+        failure.write(results.init_error());
+        Ok(())
+    }
+
+    async fn observer(
+        self: Rc<Self>,
+        _: guest::ObserverParams,
+        mut results: guest::ObserverResults,
+    ) -> capnp::Result<()> {
+        let observer: observer::Client = capnp_rpc::new_client(Observed::new(self.0.clone()));
+        results.get().set_observer(observer);
+        Ok(())
+    }
+
+    async fn when_terminated(
+        self: Rc<Self>,
+        _: guest::WhenTerminatedParams,
+        mut results: guest::WhenTerminatedResults,
+    ) -> capnp::Result<()> {
+        self.0.exit().await.write(results.get().init_exit());
+        Ok(())
+    }
+}

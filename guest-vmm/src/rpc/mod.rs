@@ -1,0 +1,11 @@
+//! The capabilities that a guest VMM serves. They hold no VM state: each call is one message to the driver, or looks at a guest.
+
+mod control;
+mod guest;
+mod lifecycle;
+mod observer;
+mod streams;
+mod vmm;
+
+pub(crate) use lifecycle::Lifecycle;
+pub(crate) use vmm::VmmChannel;

@@ -1,0 +1,208 @@
+//! The VM as the driver has it: made from a config, moved between its states, taken down.
+
+use crate::config::RequestedGuest;
+use crate::files;
+use crate::guest::Guest;
+use crate::platform::Host;
+use crate::serial::SerialLog;
+use guest_schema::{Failure, GuestError, chain};
+use machine::memory::MemoryOptions;
+use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
+use processor::{VpHaltReason, VpIndex};
+use state_unit::StateTransitionError;
+use std::error::Error;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::sync::{Notify, mpsc};
+
+/// Cancels a create: waits in it end at once, blocking work ends between two of its steps.
+#[derive(Clone, Default)]
+pub(crate) struct Cancel(Arc<CancelState>);
+
+#[derive(Default)]
+struct CancelState {
+    cancelled: AtomicBool,
+    changed: Notify,
+}
+
+impl Cancel {
+    pub fn cancel(&self) {
+        self.0.cancelled.store(true, Ordering::Release);
+        self.0.changed.notify_one();
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    async fn cancelled(&self) {
+        while !self.is_cancelled() {
+            self.0.changed.notified().await;
+        }
+    }
+}
+
+/// A machine and the guest in it.
+pub(crate) struct Vm {
+    machine: Machine,
+    halts: mpsc::UnboundedReceiver<Halt>,
+    guest: Rc<Guest>,
+}
+
+impl Vm {
+    /// Makes a VM, stopped. On an error nothing is left.
+    pub async fn create(host: &Host, requested: RequestedGuest, cancel: &Cancel) -> Result<Self, Failure> {
+        let max_vps = host.max_vps().await.map_err(|error| initialization(&error))?;
+        requested.check(max_vps, host_memory_bytes())?;
+        let config = tokio::select! {
+            config = machine_config(requested) => config?,
+            () = cancel.cancelled() => return Err(cancelled()),
+        };
+        let log = Arc::new(SerialLog::default());
+        let (sender, halts) = mpsc::unbounded_channel();
+        let flag = cancel.clone();
+        let built = host.build(config, log.clone(), sender, move || flag.is_cancelled()).await;
+        let machine = built.map_err(|error| build_failure(&error))?;
+        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone()));
+        Ok(Self { machine, halts, guest })
+    }
+
+    pub fn guest(&self) -> &Rc<Guest> {
+        &self.guest
+    }
+
+    /// The next VP that halts by itself.
+    pub async fn halted(&mut self) -> (VpIndex, VpHaltReason) {
+        match self.halts.recv().await {
+            Some(halt) => halt,
+            // The VPs' threads hold the other end, and end only with the machine.
+            None => std::future::pending().await,
+        }
+    }
+
+    pub async fn start(&self) -> Result<(), Failure> {
+        self.machine.start().await.map_err(|error| start_failure(&error))?;
+        self.guest.was_started();
+        Ok(())
+    }
+
+    pub async fn pause(&self) -> Result<(), Failure> {
+        self.machine.pause().await.map_err(|error| transition_failure("pause", &error, self.is_faulted()))
+    }
+
+    pub async fn resume(&self) -> Result<(), Failure> {
+        self.machine.start().await.map_err(|error| transition_failure("resume", &error, self.is_faulted()))
+    }
+
+    /// Stops the units if they run, resets them, and starts them again if they ran.
+    pub async fn reset(&mut self, running: bool) -> Result<(), Failure> {
+        let failed = |error: StateTransitionError| transition_failure("reset", &error, true);
+        if running {
+            self.machine.stop().await.map_err(failed)?;
+        }
+        // What the former life of the guest still had to say is said.
+        while self.halts.try_recv().is_ok() {}
+        self.machine.reset().await.map_err(failed)?;
+        if running {
+            self.machine.start().await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    pub fn guest_was_reset(&self) {
+        self.guest.was_reset();
+    }
+
+    pub fn is_faulted(&self) -> bool {
+        self.machine.is_faulted()
+    }
+
+    /// Stops what runs and takes everything down, also if something cannot be stopped.
+    pub async fn stop_and_destroy(self) -> Result<(), Failure> {
+        let stopped = self.machine.stop().await.map_err(|error| transition_failure("stop", &error, false));
+        self.destroy().await;
+        stopped
+    }
+
+    pub async fn destroy(self) {
+        let Self { machine, halts: _, guest: _ } = self;
+        machine.destroy().await;
+    }
+}
+
+async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Failure> {
+    let RequestedGuest { config, kernel, ramdisk, .. } = requested;
+    let limit = config.memory.bytes;
+    let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
+    let kernel = files::obtain(kernel, "source.boot.kernel", limit).await?;
+    let initrd = match ramdisk {
+        Some(ramdisk) => {
+            let rest = limit.saturating_sub(kernel.metadata().map_or(0, |kernel| kernel.len()));
+            Some(files::obtain(ramdisk, "source.boot.ramdisk", rest).await?)
+        }
+        None => None,
+    };
+    Ok(MachineConfig {
+        vps: config.cpus,
+        memory_bytes: config.memory.bytes,
+        memory: MemoryOptions {
+            huge_pages: config.memory.huge_pages,
+            prefault: config.memory.prefault,
+            lock: config.memory.lock,
+        },
+        boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
+        inject: None,
+    })
+}
+
+/// What a create answers that a stop has cancelled.
+pub(crate) fn cancelled() -> Failure {
+    Failure::new(GuestError::ControllerForcedHalt, "stop came before create had finished")
+}
+
+fn initialization(error: &dyn Error) -> Failure {
+    Failure::new(GuestError::GuestInitializationFailure, chain(error))
+}
+
+fn build_failure(error: &MachineError) -> Failure {
+    let code = match error {
+        MachineError::Memory(_) | MachineError::Partition(_) | MachineError::Vp(_) => {
+            GuestError::GuestInitializationFailure
+        }
+        MachineError::Boot(_) => GuestError::KernelLoadFailure,
+        MachineError::Overlap(_) => GuestError::DeviceMemoryOverlap,
+        MachineError::Unit(_) => GuestError::DeviceInitializationFailure,
+        MachineError::Cancelled => return cancelled(),
+        MachineError::Panicked => GuestError::InternalError,
+    };
+    Failure::new(code, chain(error))
+}
+
+fn units_of(error: &StateTransitionError) -> (Vec<String>, bool) {
+    let Some(failures) = error.units() else { return (Vec::new(), false) };
+    let failed = failures.failed.iter().map(|unit| unit.name.to_string());
+    let late = failures.late.iter().map(|unit| unit.name.to_string());
+    (failed.chain(late).collect(), !failures.late.is_empty())
+}
+
+fn start_failure(error: &StateTransitionError) -> Failure {
+    let (units, late) = units_of(error);
+    let code = match &units[..] {
+        _ if late => GuestError::TransitionTimedOut,
+        [unit] if unit == VPS => GuestError::VcpuStartFailure,
+        _ => GuestError::DeviceStartFailure,
+    };
+    Failure::new(code, chain(error)).of_units(units)
+}
+
+/// Why a transition failed; `faulted` says that it could not be undone.
+fn transition_failure(what: &str, error: &StateTransitionError, faulted: bool) -> Failure {
+    let (units, late) = units_of(error);
+    let code = match (late, faulted) {
+        (true, _) => GuestError::TransitionTimedOut,
+        (false, true) => GuestError::Faulted,
+        (false, false) => GuestError::InternalError,
+    };
+    Failure::new(code, format!("{what}: {}", chain(error))).of_units(units)
+}

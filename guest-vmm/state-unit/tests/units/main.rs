@@ -1,0 +1,6 @@
+//! Tests over the public interface of the crate.
+
+mod async_units;
+mod random_graphs;
+mod stories;
+mod support;

@@ -1,0 +1,130 @@
+@0xb94e2c1d7a3f5802;
+# What a guest is made of. Mirrors fuchsia.virtualization/GuestConfig.
+
+using Common = import "common.capnp";
+using Snapshot = import "snapshot.capnp";
+
+struct GuestConfig {
+  # `create` checks all of it and lists every fault in one badConfig. What is absent is absent: there are no default devices
+  # but the board's (serial port, RTC, keyboard controller, interrupt controllers).
+
+  source :union {
+    boot @0 :BootSource;
+    snapshot @1 :Snapshot.Snapshot;
+    # Not supported yet: badConfig.
+  }
+  cpus @2 :UInt32 = 1;
+  # VPs, 1 to min(the host's limit, 254).
+  memory @3 :MemoryConfig;
+  onReset @4 :OnReset;
+
+  block @5 :List(BlockConfig);
+  # At most 32. Not supported yet, like all from here to `units`: badConfig.
+  net @6 :List(NetConfig);
+  # At most 32.
+  console @7 :Bool;
+  rng @8 :Bool;
+  vsock @9 :VsockConfig;
+  balloon @10 :Bool;
+  mem @11 :MemDeviceConfig;
+  units @12 :List(UnitConfig);
+  # State units that the client implements.
+
+  gpu @13 :Bool;
+  # Kept places of fuchsia.virtualization: badConfig "not supported", like the three that follow.
+  sound @14 :Bool;
+  wayland @15 :Bool;
+  magma @16 :Bool;
+}
+
+struct BootSource {
+  kernelType @0 :KernelType;
+  kernel @1 :Common.FileSource;
+  # An ELF with a PVH note, an ELF vmlinux (64-bit boot protocol) or a bzImage.
+  ramdisk @2 :Common.FileSource;
+  cmdline @3 :Text;
+  cmdlineAdd @4 :List(Text);
+  # Appended to `cmdline`, a blank before each.
+}
+
+enum KernelType {
+  linux @0;
+  zircon @1;
+  # badConfig "not supported".
+}
+
+enum OnReset {
+  # What a reset by the guest itself does.
+  restart @0;
+  # Units stop, reset, the image is loaded again, units start.
+  stop @1;
+  # The guest ends cleanly.
+}
+
+struct MemoryConfig {
+  bytes @0 :UInt64;
+  # Rounded up to a page (4 KiB); 1 MiB to the host's memory.
+  hugePages @1 :Bool;
+  # Back it with 2 MiB pages of the host's pool.
+  prefault @2 :Bool;
+  # Touch every page at create.
+  lock @3 :Bool;
+  # Keep it from being swapped.
+}
+
+struct BlockConfig {
+  id @0 :Text;
+  # At most 20 bytes.
+  mode @1 :BlockMode;
+  format :union {
+    file @2 :Common.FileSource;
+    qcow2 @3 :Common.FileSource;
+    service @4 :AnyPointer;
+    # A block service, whose interface comes with the devices.
+  }
+}
+
+enum BlockMode {
+  readWrite @0;
+  readOnly @1;
+  volatileWrite @2;
+  # Writes end with the guest.
+}
+
+struct NetConfig {
+  mac @0 :Data;
+  # 6 bytes.
+  backend :union {
+    tap @1 :UInt64;
+    # A descriptor's number, as in FileSource.
+    stream @2 :UInt64;
+    vhostUser @3 :UInt64;
+  }
+}
+
+struct VsockConfig {
+  listeners @0 :List(Listener);
+  struct Listener {
+    port @0 :UInt32;
+    acceptor @1 :AnyPointer;
+  }
+}
+
+struct MemDeviceConfig {
+  blockBytes @0 :UInt64;
+  regionBytes @1 :UInt64;
+  regionAlignmentBytes @2 :UInt64;
+}
+
+struct UnitConfig {
+  id @0 :Text;
+  dependsOn @1 :List(Text);
+  deadlineMs @2 :UInt32;
+  whenLost @3 :LossPolicy;
+  unit @4 :AnyPointer;
+}
+
+enum LossPolicy {
+  fault @0;
+  ignore @1;
+}

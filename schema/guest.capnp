@@ -1,0 +1,179 @@
+@0xa6c80f3e51d27b04;
+# A guest's life, and what can be done with a guest. Mirrors fuchsia.virtualization/GuestLifecycle and Guest.
+
+using Common = import "common.capnp";
+using Config = import "config.capnp";
+using Snapshot = import "snapshot.capnp";
+
+interface GuestLifecycle {
+  # The lease. It is the bootstrap capability of its own channel, and the guest lives no longer than that channel.
+  #
+  # Calls take effect in the order sent: create, bind, getSerial on bind's result and run may all be sent without waiting.
+  # A dropped call cancels nothing.
+
+  create @0 (config :Config.GuestConfig) -> (result :Common.Result);
+  # Makes the VMM: checks the config, loads the kernel, builds the devices. No VP runs. Before run it may be called again, and
+  # then the former VMM is destroyed first, whatever the new config is worth. alreadyRunning while a guest runs.
+  # Errors: badConfig, kernelLoadFailure, guestInitializationFailure, deviceInitializationFailure, deviceMemoryOverlap,
+  # alreadyRunning, controllerForcedHalt (stop came first), faulted.
+  bind @1 () -> (guest :Guest, error :Common.Failure);
+  # The guest of the last create. May be called by any number of times. notCreated, with create's failure as its cause.
+  run @2 () -> (result :Common.Result);
+  # Starts VP 0; the guest starts the others. Answers when the VMM has stopped: ok if the guest ended itself, else
+  # controllerForcedHalt, vcpuStartFailure, deviceStartFailure, vcpuRuntimeFailure, transitionTimedOut. At once: notCreated,
+  # alreadyRunning (the first run stays pending). After any end there is no VMM: notCreated until the next create.
+  stop @3 () -> (result :Common.Result);
+  # Halts the guest by force and answers when its VPs are joined, its units stopped and its VMM gone. A create that is under
+  # way is cancelled. Without a guest there is nothing to do, which is ok.
+  control @4 () -> (control :GuestControl, error :Common.Failure);
+  # The operator's capability to the guest of the last create. notCreated as in bind.
+}
+
+interface Guest {
+  # A guest's user: its devices. Nothing here starts, stops or pauses it; dropping it changes nothing.
+
+  getSerial @0 (output :Common.OutputSink) -> (input :Common.ByteStream, error :Common.Failure);
+  # The serial port ttyS0. Every reader sees all output; the last 64 KiB are replayed to a late one; a slow one loses the oldest
+  # bytes and never stalls the guest. `output` may be null.
+  getConsole @1 (output :Common.OutputSink) -> (input :Common.ByteStream, error :Common.Failure);
+  # The virtio console. deviceNotPresent without one.
+  getHostVsockEndpoint @2 () -> (endpoint :HostVsockEndpoint, error :Common.Failure);
+  getBalloonController @3 () -> (controller :BalloonController, error :Common.Failure);
+  getMemController @4 () -> (controller :MemController, error :Common.Failure);
+  observer @5 () -> (observer :Observer, error :Common.Failure);
+  whenTerminated @6 () -> (exit :Exit);
+  # Answers when the guest has ended, with how. Answered before the capability breaks.
+}
+
+struct Exit {
+  # How a guest ended.
+
+  outcome @0 :Outcome;
+  code @1 :UInt16;
+  # One of GuestError's; 0 after a clean end.
+  detail @2 :Text;
+  log @3 :Text;
+  # After a crash of the VMM's process: the end of its log, at most 4 KiB.
+
+  enum Outcome {
+    clean @0;
+    # The guest ended itself.
+    forced @1;
+    # It was stopped, or its lease ended.
+    crashed @2;
+    # A VP, a unit or the VMM's process failed.
+  }
+}
+
+interface GuestControl {
+  # A guest's operator.
+
+  pause @0 () -> (result :Common.Result);
+  # Stops VPs and devices; answers when they have stopped. ok if paused already; notRunning, faulted.
+  resume @1 () -> (result :Common.Result);
+  # notRunning unless paused.
+  reset @2 () -> (result :Common.Result);
+  # Resets the guest as its own reset with onReset = restart does. notRunning unless running or paused.
+  stop @3 () -> (result :Common.Result);
+  # As GuestLifecycle.stop.
+  observer @4 () -> (observer :Observer, error :Common.Failure);
+
+  powerButton @5 () -> (result :Common.Result);
+  # unimplemented, like all that follow.
+  nmi @6 () -> (result :Common.Result);
+  snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
+  debugger @8 () -> (debugger :AnyPointer, error :Common.Failure);
+  inspect @9 (path :Text, depth :UInt32) -> (json :Text, error :Common.Failure);
+  update @10 (path :Text, value :Text) -> (result :Common.Result);
+  addUnit @11 (unit :Config.UnitConfig) -> (result :Common.Result);
+}
+
+interface Observer {
+  # Looks at a guest and changes nothing; shows nothing that is the guest's own.
+
+  state @0 () -> (state :GuestState);
+  whenTerminated @1 () -> (exit :Exit);
+  # As Guest.whenTerminated.
+
+  subscribe @2 (fromSequence :UInt64, sink :AnyPointer) -> (error :Common.Failure);
+  # unimplemented, like all that follow.
+  unitGraph @3 () -> (units :List(UnitStatus));
+  timeline @4 () -> (json :Text);
+  inspect @5 (path :Text, depth :UInt32) -> (json :Text, error :Common.Failure);
+}
+
+struct GuestState {
+  phase @0 :Phase;
+  vps @1 :List(VpStatus);
+  # One a VP, in order; empty without a VMM.
+  units @2 :List(UnitStatus);
+  uptimeUs @3 :UInt64;
+  # Since run began, µs; 0 before.
+  resets @4 :UInt32;
+  # How often the guest was reset.
+
+  enum Phase {
+    empty @0;
+    creating @1;
+    created @2;
+    running @3;
+    paused @4;
+    stopping @5;
+    faulted @6;
+    terminated @7;
+  }
+}
+
+struct VpStatus {
+  index @0 :UInt32;
+  state @1 :State;
+
+  enum State {
+    stopped @0;
+    # The VMM keeps it out of the guest.
+    running @1;
+    halted @2;
+    # In HLT, until an interrupt comes.
+    waitForSipi @3;
+    # Not yet started by the guest.
+    failed @4;
+    unanswered @5;
+    # It did not say in time.
+  }
+}
+
+struct UnitStatus {
+  name @0 :Text;
+  state @1 :Text;
+  dependsOn @2 :List(Text);
+}
+
+interface HostVsockEndpoint {
+  # unimplemented.
+  listen @0 (port :UInt32, acceptor :AnyPointer) -> (listener :AnyPointer, error :Common.Failure);
+  connect @1 (guestPort :UInt32, output :Common.OutputSink) -> (input :Common.ByteStream, error :Common.Failure);
+}
+
+interface BalloonController {
+  # unimplemented.
+  size @0 () -> (currentPages :UInt32, requestedPages :UInt32, error :Common.Failure);
+  requestNumPages @1 (pages :UInt32) -> (acceptedPages :UInt32, error :Common.Failure);
+  memoryStatistics @2 () -> (json :Text, error :Common.Failure);
+}
+
+interface MemController {
+  # unimplemented.
+  size @0 () -> (blockBytes :UInt64, regionBytes :UInt64, usableBytes :UInt64, pluggedBytes :UInt64, requestedBytes :UInt64, error :Common.Failure);
+  requestSize @1 (bytes :UInt64) -> (result :Common.Result);
+}
+
+interface StateUnit {
+  # A state unit that a client implements and that joins the guest's graph. unimplemented: nothing calls it yet.
+  start @0 () -> (result :Common.Result);
+  stop @1 () -> (result :Common.Result);
+  reset @2 () -> (result :Common.Result);
+  save @3 () -> (state :Data, result :Common.Result);
+  restore @4 (state :Data) -> (result :Common.Result);
+  postRestore @5 () -> (result :Common.Result);
+  inspect @6 (path :Text, depth :UInt32) -> (json :Text);
+}

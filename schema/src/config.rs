@@ -1,0 +1,294 @@
+//! The guest's config as plain Rust, to and from the wire.
+
+use crate::common_capnp::{file, file_source};
+use crate::config_capnp as wire;
+use crate::failure::lossy;
+use std::fmt;
+
+/// One fault of a config: the field, and what is wrong with its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigFault {
+    /// The field's path in `GuestConfig`, for instance `memory.bytes`.
+    pub field: String,
+    /// What is wrong, with the value.
+    pub problem: String,
+}
+
+impl ConfigFault {
+    /// A fault of this field.
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { field: field.into(), problem: problem.into() }
+    }
+}
+
+impl fmt::Display for ConfigFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.problem)
+    }
+}
+
+/// What a reset by the guest itself does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnReset {
+    /// The guest starts anew.
+    #[default]
+    Restart,
+    /// The guest ends cleanly.
+    Stop,
+}
+
+/// Where the VMM gets a file from.
+#[derive(Clone)]
+pub enum FileSource {
+    /// An open descriptor handed over the same channel, by its running number there.
+    Descriptor(u64),
+    /// A capability that the client implements.
+    File(file::Client),
+}
+
+impl fmt::Debug for FileSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Descriptor(number) => write!(f, "Descriptor({number})"),
+            Self::File(_) => f.write_str("File"),
+        }
+    }
+}
+
+/// The guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Size in bytes; rounded up to a page by the VMM.
+    pub bytes: u64,
+    /// Back it with 2 MiB pages of the host's pool.
+    pub huge_pages: bool,
+    /// Touch every page at create.
+    pub prefault: bool,
+    /// Keep it from being swapped.
+    pub lock: bool,
+}
+
+impl MemoryConfig {
+    /// Ordinary memory of this size in bytes.
+    pub fn of_bytes(bytes: u64) -> Self {
+        Self { bytes, huge_pages: false, prefault: false, lock: false }
+    }
+}
+
+/// What a guest is made of.
+#[derive(Debug, Clone)]
+pub struct GuestConfig {
+    /// The kernel, if one was given.
+    pub kernel: Option<FileSource>,
+    /// The initrd.
+    pub ramdisk: Option<FileSource>,
+    /// The kernel's command line, complete.
+    pub cmdline: String,
+    /// How many VPs.
+    pub cpus: u32,
+    /// The memory.
+    pub memory: MemoryConfig,
+    /// What a reset by the guest itself does.
+    pub on_reset: OnReset,
+}
+
+/// A config as it came, with what cannot even be expressed in a [`GuestConfig`].
+#[derive(Debug)]
+pub struct ReadConfig {
+    /// What could be read.
+    pub config: GuestConfig,
+    /// What this version does not support, and text that is not UTF-8.
+    pub faults: Vec<ConfigFault>,
+}
+
+impl GuestConfig {
+    /// Reads a config from a message. Exceptions are for messages that break the schema itself.
+    pub fn read(reader: wire::guest_config::Reader<'_>) -> capnp::Result<ReadConfig> {
+        let mut faults = Vec::new();
+        let boot = match reader.get_source().which() {
+            Ok(wire::guest_config::source::Boot(boot)) => Some(boot?),
+            Ok(wire::guest_config::source::Snapshot(_)) => {
+                faults.push(not_supported("source.snapshot"));
+                None
+            }
+            Err(_) => {
+                faults.push(ConfigFault::new("source", "unknown kind"));
+                None
+            }
+        };
+        let (kernel, ramdisk, cmdline) = match boot {
+            Some(boot) => read_boot(boot, &mut faults)?,
+            None => (None, None, String::new()),
+        };
+        let memory = reader.get_memory()?;
+        let on_reset = match reader.get_on_reset() {
+            Ok(wire::OnReset::Restart) => OnReset::Restart,
+            Ok(wire::OnReset::Stop) => OnReset::Stop,
+            Err(unknown) => {
+                faults.push(ConfigFault::new("onReset", format!("unknown value {}", unknown.0)));
+                OnReset::default()
+            }
+        };
+        read_unsupported(reader, &mut faults)?;
+        let memory = MemoryConfig {
+            bytes: memory.get_bytes(),
+            huge_pages: memory.get_huge_pages(),
+            prefault: memory.get_prefault(),
+            lock: memory.get_lock(),
+        };
+        let config = Self { kernel, ramdisk, cmdline, cpus: reader.get_cpus(), memory, on_reset };
+        Ok(ReadConfig { config, faults })
+    }
+
+    /// Writes the config into a message.
+    pub fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
+        let mut boot = builder.reborrow().get_source().init_boot();
+        boot.set_kernel_type(wire::KernelType::Linux);
+        write_file(self.kernel.as_ref(), boot.reborrow().init_kernel());
+        write_file(self.ramdisk.as_ref(), boot.reborrow().init_ramdisk());
+        boot.set_cmdline(&self.cmdline[..]);
+        builder.set_cpus(self.cpus);
+        let mut memory = builder.reborrow().init_memory();
+        memory.set_bytes(self.memory.bytes);
+        memory.set_huge_pages(self.memory.huge_pages);
+        memory.set_prefault(self.memory.prefault);
+        memory.set_lock(self.memory.lock);
+        builder.set_on_reset(match self.on_reset {
+            OnReset::Restart => wire::OnReset::Restart,
+            OnReset::Stop => wire::OnReset::Stop,
+        });
+    }
+}
+
+fn not_supported(field: &str) -> ConfigFault {
+    ConfigFault::new(field, "not supported")
+}
+
+type Boot = (Option<FileSource>, Option<FileSource>, String);
+
+fn read_boot(reader: wire::boot_source::Reader<'_>, faults: &mut Vec<ConfigFault>) -> capnp::Result<Boot> {
+    match reader.get_kernel_type() {
+        Ok(wire::KernelType::Linux) => {}
+        Ok(wire::KernelType::Zircon) => {
+            faults.push(ConfigFault::new("source.boot.kernelType", "zircon is not supported"));
+        }
+        Err(unknown) => {
+            faults.push(ConfigFault::new("source.boot.kernelType", format!("unknown value {}", unknown.0)));
+        }
+    }
+    let kernel = read_file(reader.get_kernel()?, "source.boot.kernel", faults)?;
+    let ramdisk = read_file(reader.get_ramdisk()?, "source.boot.ramdisk", faults)?;
+    let mut cmdline = utf8(reader.get_cmdline()?, "source.boot.cmdline", faults);
+    for addition in reader.get_cmdline_add()?.iter() {
+        if !cmdline.is_empty() {
+            cmdline.push(' ');
+        }
+        cmdline.push_str(&utf8(addition?, "source.boot.cmdlineAdd", faults));
+    }
+    Ok((kernel, ramdisk, cmdline))
+}
+
+fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault>) -> String {
+    if let Ok(text) = text.to_str() {
+        return text.to_owned();
+    }
+    let text = lossy(text);
+    faults.push(ConfigFault::new(field, format!("{text:?} is not UTF-8")));
+    text
+}
+
+fn read_file(
+    reader: file_source::Reader<'_>,
+    field: &str,
+    faults: &mut Vec<ConfigFault>,
+) -> capnp::Result<Option<FileSource>> {
+    Ok(match reader.which() {
+        Ok(file_source::None(())) => None,
+        Ok(file_source::Descriptor(number)) => Some(FileSource::Descriptor(number)),
+        Ok(file_source::File(file)) => Some(FileSource::File(file?)),
+        Err(unknown) => {
+            faults.push(ConfigFault::new(field, format!("unknown kind of file {}", unknown.0)));
+            None
+        }
+    })
+}
+
+fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>) {
+    match source {
+        None => builder.set_none(()),
+        Some(FileSource::Descriptor(number)) => builder.set_descriptor(*number),
+        Some(FileSource::File(file)) => builder.set_file(file.clone()),
+    }
+}
+
+fn read_unsupported(
+    reader: wire::guest_config::Reader<'_>,
+    faults: &mut Vec<ConfigFault>,
+) -> capnp::Result<()> {
+    let asked_for = [
+        ("block", !reader.get_block()?.is_empty()),
+        ("net", !reader.get_net()?.is_empty()),
+        ("console", reader.get_console()),
+        ("rng", reader.get_rng()),
+        ("vsock", reader.has_vsock()),
+        ("balloon", reader.get_balloon()),
+        ("mem", reader.has_mem()),
+        ("units", !reader.get_units()?.is_empty()),
+        ("gpu", reader.get_gpu()),
+        ("sound", reader.get_sound()),
+        ("wayland", reader.get_wayland()),
+        ("magma", reader.get_magma()),
+    ];
+    faults.extend(asked_for.iter().filter(|(_, asked)| *asked).map(|(field, _)| not_supported(field)));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(fill: impl FnOnce(wire::guest_config::Builder<'_>)) -> ReadConfig {
+        let mut message = capnp::message::Builder::new_default();
+        fill(message.init_root());
+        GuestConfig::read(message.get_root_as_reader().expect("a config")).expect("readable")
+    }
+
+    #[test]
+    fn a_config_survives_the_wire() {
+        let config = GuestConfig {
+            kernel: Some(FileSource::Descriptor(3)),
+            ramdisk: None,
+            cmdline: "console=ttyS0".into(),
+            cpus: 4,
+            memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
+            on_reset: OnReset::Stop,
+        };
+        let read = message(|builder| config.write(builder));
+        assert!(read.faults.is_empty(), "{:?}", read.faults);
+        assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
+    }
+
+    #[test]
+    fn additions_to_the_command_line_are_joined_by_blanks() {
+        let read = message(|builder| {
+            let mut boot = builder.get_source().init_boot();
+            boot.set_cmdline("a");
+            let mut additions = boot.init_cmdline_add(2);
+            additions.set(0, "b");
+            additions.set(1, "c=d");
+        });
+        assert_eq!(read.config.cmdline, "a b c=d");
+    }
+
+    #[test]
+    fn everything_not_supported_is_named() {
+        let read = message(|mut builder| {
+            builder.reborrow().get_source().init_boot().set_kernel_type(wire::KernelType::Zircon);
+            builder.reborrow().init_block(1);
+            builder.reborrow().init_vsock();
+            builder.set_gpu(true);
+        });
+        let fields: Vec<&str> = read.faults.iter().map(|fault| &fault.field[..]).collect();
+        assert_eq!(fields, ["source.boot.kernelType", "block", "vsock", "gpu"]);
+    }
+}

@@ -1,0 +1,20 @@
+//! The guestd protocol: its Cap'n Proto schema as generated code, and plain Rust types for what it carries.
+//!
+//! The schema's files stand beside this crate's manifest and are the protocol's documentation. The generated code is checked
+//! in; `tests/freshness.rs` compares it with what the compiler makes of the schema today.
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+compile_error!("guestd runs on Linux on x86-64 only");
+
+mod config;
+mod failure;
+mod generated;
+mod state;
+
+pub use config::{ConfigFault, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig};
+pub use failure::{Exit, Failure, GuestError, Outcome, chain};
+pub use generated::*;
+pub use state::{GuestState, Phase, UnitStatus, VpState};
+
+/// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.
+pub const PROTOCOL: u32 = 1;

@@ -1,0 +1,175 @@
+//! The bootstrap capability of a connection to the service.
+
+use crate::Service;
+use crate::launch::Guest;
+use crate::proxy::ProxiedLifecycle;
+use futures::future::join_all;
+use guest_schema::guest_capnp::{guest_control, guest_lifecycle, observer};
+use guest_schema::host_capnp::{guest_exit, guest_host, guest_info};
+use guest_schema::{Failure, GuestError, GuestState, PROTOCOL, Phase};
+use guest_transport::{Descriptors, broken};
+use std::os::unix::net::UnixStream as StdStream;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// How long a VMM may take to tell its state before the list goes out without it.
+const STATE: Duration = Duration::from_secs(1);
+
+/// What one client sees of the service.
+pub(crate) struct Host {
+    service: Rc<Service>,
+    descriptors: Descriptors,
+    uid: u32,
+}
+
+impl Host {
+    pub fn new(service: Rc<Service>, descriptors: Descriptors, uid: u32) -> Self {
+        Self { service, descriptors, uid }
+    }
+
+    fn launch_on(&self, server_end: u64, id: &str) -> Result<Rc<Guest>, Failure> {
+        let lease = self
+            .descriptors
+            .take(server_end)
+            .map_err(|error| Failure::new(GuestError::BadConfig, format!("serverEnd: {error}")))?;
+        self.service.launch(id, lease, self.uid, false)
+    }
+
+    fn launch_held(&self, id: &str) -> Result<(Rc<Guest>, ProxiedLifecycle), Failure> {
+        let no_channel = |error: std::io::Error| {
+            Failure::new(GuestError::FailedServiceConnect, format!("no channel for the guest: {error}"))
+        };
+        let (ours, theirs) = StdStream::pair().map_err(no_channel)?;
+        let ours =
+            ours.set_nonblocking(true).and_then(|()| UnixStream::from_std(ours)).map_err(no_channel)?;
+        let guest = self.service.launch(id, theirs.into(), self.uid, true)?;
+        Ok((guest, ProxiedLifecycle::new(ours)))
+    }
+}
+
+fn exit_of(guest: &Guest) -> guest_exit::Client {
+    capnp_rpc::new_client(guest.ending.clone())
+}
+
+impl guest_host::Server for Host {
+    async fn launch(
+        self: Rc<Self>,
+        params: guest_host::LaunchParams,
+        mut results: guest_host::LaunchResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let id = params.get_id()?.to_str()?;
+        self.service.await_id(id).await;
+        let launched = self.launch_on(params.get_server_end(), id);
+        let mut results = results.get();
+        match launched {
+            Ok(guest) => {
+                results.set_id(&guest.id[..]);
+                results.set_exit(exit_of(&guest));
+            }
+            Err(failure) => {
+                results.set_exit(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
+        Ok(())
+    }
+
+    async fn launch_proxied(
+        self: Rc<Self>,
+        params: guest_host::LaunchProxiedParams,
+        mut results: guest_host::LaunchProxiedResults,
+    ) -> capnp::Result<()> {
+        let id = params.get()?.get_id()?.to_str()?;
+        self.service.await_id(id).await;
+        let launched = self.launch_held(id);
+        let mut results = results.get();
+        match launched {
+            Ok((guest, lifecycle)) => {
+                let lifecycle: guest_lifecycle::Client = capnp_rpc::new_client(lifecycle);
+                results.set_lifecycle(lifecycle);
+                results.set_id(&guest.id[..]);
+                results.set_exit(exit_of(&guest));
+            }
+            Err(failure) => {
+                results.set_lifecycle(broken(&failure));
+                results.set_exit(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
+        Ok(())
+    }
+
+    async fn find(
+        self: Rc<Self>,
+        params: guest_host::FindParams,
+        mut results: guest_host::FindResults,
+    ) -> capnp::Result<()> {
+        let found = self.service.guests.find(self.uid, params.get()?.get_id()?.to_str()?);
+        match found {
+            Ok(guest) => {
+                // The VMM's own answers go out as they come: a VMM that hangs does not hold up the search.
+                let control = guest.vmm.control_request().send().pipeline.get_control();
+                let observer = guest.vmm.observer_request().send().pipeline.get_observer();
+                let mut results = results.get();
+                results.set_id(&guest.id[..]);
+                results.set_control(control);
+                results.set_observer(observer);
+                results.set_exit(exit_of(&guest));
+            }
+            Err(failure) => {
+                let mut results = results.get();
+                results.set_control(broken::<guest_control::Client>(&failure));
+                results.set_observer(broken::<observer::Client>(&failure));
+                results.set_exit(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
+        Ok(())
+    }
+
+    async fn list(
+        self: Rc<Self>,
+        _: guest_host::ListParams,
+        mut results: guest_host::ListResults,
+    ) -> capnp::Result<()> {
+        let guests = self.service.guests.of(self.uid);
+        let states = join_all(guests.iter().map(|guest| state_of(guest))).await;
+        let count = u32::try_from(guests.len()).unwrap_or(u32::MAX);
+        let mut list = results.get().init_guests(count);
+        for (index, (guest, state)) in (0..count).zip(guests.iter().zip(&states)) {
+            write_info(guest, state.as_ref(), list.reborrow().get(index));
+        }
+        Ok(())
+    }
+
+    async fn info(
+        self: Rc<Self>,
+        _: guest_host::InfoParams,
+        mut results: guest_host::InfoResults,
+    ) -> capnp::Result<()> {
+        let mut info = results.get().init_info();
+        info.set_version(env!("CARGO_PKG_VERSION"));
+        info.set_protocol(PROTOCOL);
+        info.set_guests(u32::try_from(self.service.guests.count()).unwrap_or(u32::MAX));
+        info.set_hypervisor(&self.service.config.hypervisor[..]);
+        Ok(())
+    }
+}
+
+/// What the VMM says of its guest, if it says so in time and there is one.
+async fn state_of(guest: &Guest) -> Option<GuestState> {
+    let observer = guest.vmm.observer_request().send().pipeline.get_observer();
+    let answer = tokio::time::timeout(STATE, observer.state_request().send().promise).await.ok()?.ok()?;
+    GuestState::read(answer.get().ok()?.get_state().ok()?).ok()
+}
+
+fn write_info(guest: &Guest, state: Option<&GuestState>, mut info: guest_info::Builder<'_>) {
+    info.set_id(&guest.id[..]);
+    info.set_pid(guest.pid);
+    info.set_proxied(guest.proxied);
+    info.set_phase(state.map_or(Phase::Empty, |state| state.phase).into());
+    info.set_uptime_us(state.map_or(0, |state| state.uptime_us));
+    info.set_vps(state.map_or(0, |state| u32::try_from(state.vps.len()).unwrap_or(u32::MAX)));
+}

@@ -1,0 +1,75 @@
+//! `guest-lab`: the lab by hand.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use guest_tests::lab::{self, Lab};
+
+/// A machine with a mainline /dev/kvm in software, with this project's programs in it as far as they are built.
+#[derive(Debug, Parser)]
+#[command(name = "guest-lab", version)]
+struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Make ready what the lab needs: find its programs, download its kernel.
+    Prepare,
+    /// A shell in the lab; `exit` powers it off, Ctrl-A x leaves the emulator.
+    Shell(More),
+    /// Run one command in the lab's shell and exit with its status.
+    Run {
+        #[command(flatten)]
+        more: More,
+        /// Seconds after which the command is killed.
+        #[arg(long, default_value_t = 600)]
+        deadline: u32,
+        /// The command; its words are joined by spaces and read by the lab's shell.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct More {
+    /// A further program to take into the lab.
+    #[arg(long = "binary", value_name = "FILE")]
+    binaries: Vec<PathBuf>,
+}
+
+impl More {
+    fn all(self) -> Vec<PathBuf> {
+        let mut all = lab::project_binaries();
+        all.extend(self.binaries);
+        all
+    }
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    match Arguments::parse().action {
+        Action::Prepare => {
+            println!("{}", Lab::prepare()?.image().display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Shell(more) => shell(more),
+        Action::Run { more, deadline, command } => run(more, deadline, &command.join(" ")),
+    }
+}
+
+fn shell(more: More) -> anyhow::Result<ExitCode> {
+    let status = Lab::terminal(&more.all())?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run(more: More, deadline: u32, command: &str) -> anyhow::Result<ExitCode> {
+    let lab = Lab::boot(&more.all())?;
+    let done = lab.run(command, Duration::from_secs(deadline.into()))?;
+    print!("{}", done.output);
+    let status = u8::try_from(done.status).with_context(|| format!("exit status {}", done.status))?;
+    Ok(status.into())
+}

@@ -1,0 +1,156 @@
+//! What a process holds, counted in `/proc`: leaks show as counts that do not return to where they were.
+//!
+//! Limit: a count is a moment's; wait for the expected one (see [`crate::wait`]).
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+/// The number of threads of process `pid`.
+///
+/// # Errors
+/// When the process is gone or belongs to another user.
+pub fn threads(pid: u32) -> io::Result<usize> {
+    entries(pid, "task")
+}
+
+/// The number of file descriptors that process `pid` holds.
+///
+/// # Errors
+/// As [`threads`].
+pub fn open_files(pid: u32) -> io::Result<usize> {
+    entries(pid, "fd")
+}
+
+/// The bytes of memory that process `pid` has resident, shared pages included.
+///
+/// # Errors
+/// As [`threads`].
+pub fn resident_bytes(pid: u32) -> io::Result<u64> {
+    let status = fs::read_to_string(file(pid, "status"))?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+    let kib: Option<u64> = kib.and_then(|kib| kib.trim().parse().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("process {pid} has ended")))
+}
+
+/// Whether process `pid` runs: one that has ended and is only waiting to be reaped does not.
+pub fn runs(pid: u32) -> bool {
+    stat(pid).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+}
+
+/// The processes whose parent is `pid`, those that have ended and were not reaped included, in no order.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn children(pid: u32) -> io::Result<Vec<u32>> {
+    let everyone = fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    Ok(everyone.filter(|&other| stat(other).is_some_and(|stat| stat.parent == pid)).collect())
+}
+
+/// [`children`], their children and so on.
+///
+/// # Errors
+/// As [`children`].
+pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
+    let mut found = children(pid)?;
+    let mut next = 0;
+    while let Some(&child) = found.get(next) {
+        found.extend(children(child)?);
+        next += 1;
+    }
+    Ok(found)
+}
+
+/// The name of process `pid` as the kernel keeps it: at most 15 bytes of the program's file name.
+///
+/// # Errors
+/// When the process is gone.
+pub fn name(pid: u32) -> io::Result<String> {
+    Ok(fs::read_to_string(file(pid, "comm"))?.trim_end().to_owned())
+}
+
+/// The command line of process `pid`: the program as it was called and its arguments. Empty once the process has ended.
+///
+/// # Errors
+/// When the process is gone.
+pub fn command_line(pid: u32) -> io::Result<Vec<String>> {
+    let bytes = fs::read(file(pid, "cmdline"))?;
+    let text = String::from_utf8_lossy(&bytes);
+    Ok(text.split_terminator('\0').map(str::to_owned).collect())
+}
+
+struct Stat {
+    state: char,
+    parent: u32,
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    let text = fs::read_to_string(file(pid, "stat")).ok()?;
+    // The name before these fields may itself hold spaces and parentheses.
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
+    Some(Stat { state: fields.next()?.chars().next()?, parent: fields.next()?.parse().ok()? })
+}
+
+fn entries(pid: u32, folder: &str) -> io::Result<usize> {
+    Ok(fs::read_dir(file(pid, folder))?.count())
+}
+
+fn file(pid: u32, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::{Process, Stdin};
+    use crate::wait;
+    use std::io::Write;
+    use std::process::Command;
+    use std::time::Duration;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn shell(script: &str, stdin: Stdin) -> Process {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Process::spawn(command, stdin).unwrap()
+    }
+
+    #[test]
+    fn threads_and_files_of_a_process_are_counted() {
+        let mut process =
+            shell("echo ready; read line; exec 7</dev/null; echo open; sleep 1000; true", Stdin::Piped);
+        process.stdout().contains("ready", LONG).unwrap();
+        assert_eq!(threads(process.pid()).unwrap(), 1);
+        // It inherits what this process was given open, so only the difference is certain.
+        let before = open_files(process.pid()).unwrap();
+        process.stdin().unwrap().write_all(b"go on\n").unwrap();
+        process.stdout().contains("open", LONG).unwrap();
+        assert_eq!(open_files(process.pid()).unwrap(), before + 1);
+    }
+
+    #[test]
+    fn descendants_are_children_of_children() {
+        let process = shell("sh -c 'sleep 1000; true'; true", Stdin::Empty);
+        let names = wait::found("a grandchild", LONG, || {
+            let names: io::Result<Vec<String>> =
+                descendants(process.pid()).unwrap().into_iter().map(name).collect();
+            match names {
+                Ok(names) if names == ["sh", "sleep"] => Ok(names),
+                other => Err(format!("{other:?}")),
+            }
+        });
+        names.unwrap();
+        let child = children(process.pid()).unwrap();
+        assert_eq!(child.len(), 1);
+        assert_eq!(command_line(child[0]).unwrap(), ["sh", "-c", "sleep 1000; true"]);
+    }
+
+    #[test]
+    fn an_ended_process_does_not_run_though_its_entry_is_there() {
+        let process = shell("exit 0", Stdin::Empty);
+        process.wait(LONG).unwrap();
+        assert!(file(process.pid(), "stat").exists());
+        assert!(!runs(process.pid()));
+    }
+}

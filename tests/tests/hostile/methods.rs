@@ -1,0 +1,96 @@
+//! Methods that are in their places and do nothing yet.
+
+use capnp::Error;
+use guest_schema::guest_capnp::{guest, guest_control, guest_lifecycle, observer};
+use guest_schema::{Failure, GuestError};
+use guest_tests::bare::{Bare, sink};
+use guest_tests::console::Console;
+use guest_tests::requirements::trial;
+use guest_tests::stage::{Act, Channel, Kind, Stage, Story, expect, play, sealed_file};
+use libtest_mimic::Trial;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("methods::direct", &[], || play(methods_without_a_body(Channel::Direct))),
+        trial("methods::proxied", &[], || play(methods_without_a_body(Channel::Proxied))),
+    ]
+}
+
+/// A call that has to be refused as not implemented, which the protocol has an exception for.
+pub async fn unimplemented<T>(what: &str, answer: impl Future<Output = Result<T, Error>>) -> Story {
+    match answer.await {
+        Err(error) => expect(&format!("{what}: {error}"), error.kind, capnp::ErrorKind::Unimplemented),
+        Ok(_) => anyhow::bail!("{what} was answered"),
+    }
+}
+
+async fn methods_without_a_body(channel: Channel) -> Story {
+    let stage = Stage::set(Kind::Scripted, Channel::Direct, "")?;
+    let host = Bare::connect(&stage.service.socket())?;
+    // Whichever of the two holds the lease.
+    let (direct, proxied);
+    let lifecycle: &guest_lifecycle::Client = match channel {
+        Channel::Direct => {
+            direct = host.launch("").await?;
+            &direct.client
+        }
+        Channel::Proxied => {
+            proxied = host.client.launch_proxied_request().send().pipeline.get_lifecycle();
+            &proxied
+        }
+    };
+    create(lifecycle).await?;
+    let guest = lifecycle.bind_request().send().pipeline.get_guest();
+    of_the_guest(&guest).await?;
+    let control = lifecycle.control_request().send().pipeline.get_control();
+    of_the_control(&control).await?;
+    of_the_observer(&guest.observer_request().send().pipeline.get_observer()).await?;
+    // None of it has changed anything.
+    let stopped = lifecycle.stop_request().send().promise.await?;
+    Ok(Failure::read_result(stopped.get()?.get_result()?)??)
+}
+
+async fn create(lifecycle: &guest_lifecycle::Client) -> Story {
+    let kernel = sealed_file(&Kind::Scripted.image(Act::Spin))?;
+    let mut request = lifecycle.create_request();
+    let mut config = request.get().init_config();
+    config.reborrow().init_memory().set_bytes(16 << 20);
+    config.get_source().init_boot().init_kernel().set_file(crate::files::serve(&kernel));
+    let created = request.send().promise.await?;
+    Ok(Failure::read_result(created.get()?.get_result()?)??)
+}
+
+async fn of_the_guest(guest: &guest::Client) -> Story {
+    unimplemented("getHostVsockEndpoint", guest.get_host_vsock_endpoint_request().send().promise).await?;
+    unimplemented("getBalloonController", guest.get_balloon_controller_request().send().promise).await?;
+    unimplemented("getMemController", guest.get_mem_controller_request().send().promise).await?;
+    let mut request = guest.get_console_request();
+    request.get().set_output(sink(&Console::default()));
+    let sent = request.send();
+    let mut cue = sent.pipeline.get_input().write_request();
+    cue.get().set_bytes(b"hello");
+    let written = cue.send().await;
+    let answer = sent.promise.await?;
+    let failure = Failure::read(answer.get()?.get_error()?)?;
+    expect("getConsole", failure.code, GuestError::DeviceNotPresent)?;
+    // Stream calls fail at the end at the latest.
+    let ended = sent.pipeline.get_input().end_request().send().promise.await;
+    expect("the console takes input", written.is_ok() && ended.is_ok(), false)
+}
+
+async fn of_the_control(control: &guest_control::Client) -> Story {
+    unimplemented("powerButton", control.power_button_request().send().promise).await?;
+    unimplemented("nmi", control.nmi_request().send().promise).await?;
+    unimplemented("snapshot", control.snapshot_request().send().promise).await?;
+    unimplemented("debugger", control.debugger_request().send().promise).await?;
+    unimplemented("inspect", control.inspect_request().send().promise).await?;
+    unimplemented("update", control.update_request().send().promise).await?;
+    unimplemented("addUnit", control.add_unit_request().send().promise).await
+}
+
+async fn of_the_observer(observer: &observer::Client) -> Story {
+    unimplemented("subscribe", observer.subscribe_request().send().promise).await?;
+    unimplemented("unitGraph", observer.unit_graph_request().send().promise).await?;
+    unimplemented("timeline", observer.timeline_request().send().promise).await?;
+    unimplemented("inspect", observer.inspect_request().send().promise).await
+}

@@ -1,0 +1,169 @@
+//! Unmodified Debian Linux as a guest, in the lab: its boots and its ends, its processors, memory, clock and console.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use guest_tests::lab::{self, Lab, LabGuest, LabGuestEnd, SharedLab};
+use guest_tests::requirements::{self, Requirement, trial};
+use guest_tests::service::program;
+use libtest_mimic::Trial;
+
+/// Twenty times what the longest wait takes on two idle cores, for machines that do something else as well.
+const LIMIT: Duration = Duration::from_secs(400);
+const MIB: u64 = 1 << 20;
+const BOOTED: &str = "GUEST-UP";
+/// More than the VMM queues for a guest.
+const LONG_INPUT: usize = 68 << 10;
+/// What Linux says when something about the machine is not as it should be. Not among them: that it was not given the
+/// time to run, which happens on a machine that has other work.
+const COMPLAINTS: [&str; 12] = [
+    "unchecked MSR",
+    "timer doesn't work",
+    "nobody cared",
+    "No irq handler",
+    "spurious",
+    "interrupt lost",
+    "APIC error",
+    "cut here",
+    "BUG:",
+    "Oops",
+    "[Firmware Bug]",
+    "ACPI Error",
+];
+
+static SHARED: SharedLab = SharedLab::new();
+
+fn main() -> ExitCode {
+    let trials = vec![
+        test("two_vps_reboot_in_every_way", two_vps_reboot_in_every_way),
+        test("input_longer_than_the_queue_is_whole", input_longer_than_the_queue_is_whole),
+        test("one_vp_boots_and_powers_off", one_vp_boots_and_powers_off),
+        test("a_reset_ends_a_guest_that_is_to_stop", a_reset_ends_a_guest_that_is_to_stop),
+        test("a_panic_that_reboots_is_a_reset", a_panic_that_reboots_is_a_reset),
+        test("a_panic_that_stays_runs_until_it_is_stopped", a_panic_that_stays_runs_until_it_is_stopped),
+    ];
+    requirements::run(trials, || SHARED.close())
+}
+
+fn test(name: &str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
+    trial(name, &[Requirement::Lab], move || {
+        for name in lab::PROJECT_PROGRAMS {
+            program(name)?;
+        }
+        body(&*SHARED.get(lab::project_binaries)?)
+    })
+}
+
+fn one_vp_boots_and_powers_off(lab: &Lab) -> anyhow::Result<()> {
+    let guest = LabGuest::start(lab, "one", "panic=-1", "--memory 256M --json")?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    assert_is_in_order(&guest, 1, 256 * MIB)?;
+    assert_is_clean(&power_off(&guest)?, 1)?;
+    let err = guest.here("cat err")?;
+    let report: serde_json::Value = serde_json::from_str(&err).with_context(|| err.clone())?;
+    ensure!(report["outcome"] == "clean" && report["id"] == "one", "{err}");
+    ensure!(report["code"].is_null() && report["lost"] == 0, "{err}");
+    let timings = &report["timings_us"];
+    let [create, first_byte, total] =
+        ["create", "first_byte", "total"].map(|name| timings[name].as_u64().unwrap_or_default());
+    ensure!(create > 0 && first_byte > 0 && total > create + first_byte, "{err}");
+    Ok(())
+}
+
+/// The default goes through the BIOS's entry here, since there is no EFI; `reboot=k` and `reboot=a` are the other two.
+fn two_vps_reboot_in_every_way(lab: &Lab) -> anyhow::Result<()> {
+    let guest = LabGuest::start(lab, "two", "panic=-1", "--cpus 2 --memory 1G --on-reset restart")?;
+    for (boots, kind) in (1..).zip(["efi", "kbd", "acpi"]) {
+        guest.saw(BOOTED, boots, LIMIT)?;
+        assert_is_in_order(&guest, 2, 1024 * MIB)?;
+        let default = guest.ask("cat /sys/kernel/reboot/type", LIMIT)?;
+        ensure!(default == "efi\n", "Linux's choice without EFI is {default:?}");
+        guest.send(&format!("echo {kind} >/sys/kernel/reboot/type; reboot -f"))?;
+    }
+    guest.saw(BOOTED, 4, LIMIT)?;
+    assert_is_clean(&power_off(&guest)?, 4)
+}
+
+fn input_longer_than_the_queue_is_whole(lab: &Lab) -> anyhow::Result<()> {
+    let guest = LabGuest::start(lab, "long", "panic=-1", "--memory 256M")?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    guest.send(&format!("stty raw; echo RA''W; head -c {LONG_INPUT} | md5sum; stty cooked; echo RE''AD"))?;
+    guest.saw("RAW", 1, LIMIT)?;
+    let make = format!("head -c {LONG_INPUT} /dev/urandom >random; (cat random >in) & md5sum <random");
+    let sum = guest.here(&make)?;
+    let out = guest.saw("READ", 1, LIMIT)?;
+    ensure!(out.contains(sum.trim()), "sent {sum:?}, read:\n{out}");
+    assert_is_clean(&power_off(&guest)?, 1)
+}
+
+fn a_reset_ends_a_guest_that_is_to_stop(lab: &Lab) -> anyhow::Result<()> {
+    let guest = LabGuest::start(lab, "stop", "panic=-1 reboot=k", "--memory 256M --on-reset stop")?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    guest.send("reboot -f")?;
+    assert_is_clean(&guest.end(LIMIT)?, 1)
+}
+
+fn a_panic_that_reboots_is_a_reset(lab: &Lab) -> anyhow::Result<()> {
+    let guest = LabGuest::start(lab, "panic", "panic=-1 reboot=a", "--memory 256M --on-reset stop")?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    guest.send("echo c >/proc/sysrq-trigger")?;
+    let end = guest.end(LIMIT)?;
+    ensure!(end.out.contains("Kernel panic - not syncing"), "{}", end.out);
+    assert_is_clean(&end, 1)
+}
+
+/// Through a guestd that runs, and that shows and ends the guest.
+fn a_panic_that_stays_runs_until_it_is_stopped(lab: &Lab) -> anyhow::Result<()> {
+    lab.run("(guestd --socket /tmp/guestd.sock >/tmp/guestd.log 2>&1; touch /tmp/guestd.ended) &", LIMIT)?;
+    let up =
+        "until [ -S /tmp/guestd.sock ] || [ -e /tmp/guestd.ended ]; do sleep 0.1; done; cat /tmp/guestd.log";
+    let log = lab.run(up, LIMIT)?.output;
+    let guest = LabGuest::start(lab, "stays", "panic=0", "--memory 256M --socket /tmp/guestd.sock")
+        .with_context(|| log)?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    guest.send("echo c >/proc/sysrq-trigger")?;
+    guest.saw("end Kernel panic", 1, LIMIT)?;
+    let listed = guest.here("guestctl ps --json --socket /tmp/guestd.sock")?;
+    let listed: serde_json::Value = serde_json::from_str(&listed).with_context(|| listed.clone())?;
+    ensure!(listed[0]["id"] == "stays" && listed[0]["phase"] == "running", "{listed}");
+    let stop = "guestctl wait sta --socket /tmp/guestd.sock >waited 2>&1 & \
+                guestctl stop sta --socket /tmp/guestd.sock || exit; wait $!; echo $?; cat waited";
+    let waited = guest.here(stop)?;
+    ensure!(waited.starts_with("1\n") && waited.contains("stopped"), "{waited}");
+    let end = guest.end(LIMIT)?;
+    ensure!(end.status == 1 && end.err.contains("controllerForcedHalt"), "{end:?}");
+    Ok(())
+}
+
+/// What Linux has found of processors and memory is what it was given; it trusts its clock, and complains of nothing.
+fn assert_is_in_order(guest: &LabGuest<'_>, vps: u32, memory: u64) -> anyhow::Result<()> {
+    let look = "nproc; awk '/MemTotal/ { print $2 }' /proc/meminfo; \
+                cat /sys/devices/system/clocksource/clocksource0/current_clocksource; dmesg";
+    let answer = guest.ask(look, LIMIT)?;
+    let mut lines = answer.lines();
+    let mut line = || lines.next().unwrap_or_default();
+    let (nproc, kib, clock) = (line(), line(), line());
+    ensure!(nproc == vps.to_string(), "{nproc} processors instead of {vps}");
+    let total: u64 = kib.parse().with_context(|| format!("MemTotal {kib:?}"))?;
+    // The kernel itself, and its list of pages.
+    let kernel = 48 * MIB + memory / 64;
+    ensure!((memory - kernel..memory).contains(&(total * 1024)), "{kib} KiB of {memory} bytes");
+    ensure!(["kvm-clock", "tsc"].contains(&clock), "the clock is {clock}");
+    let complaints: Vec<_> =
+        lines.filter(|line| COMPLAINTS.iter().any(|complaint| line.contains(complaint))).collect();
+    ensure!(complaints.is_empty(), "Linux complains:\n{}", complaints.join("\n"));
+    Ok(())
+}
+
+fn power_off(guest: &LabGuest<'_>) -> anyhow::Result<LabGuestEnd> {
+    guest.send("poweroff -f")?;
+    Ok(guest.end(LIMIT)?)
+}
+
+fn assert_is_clean(end: &LabGuestEnd, boots: usize) -> anyhow::Result<()> {
+    ensure!(end.status == 0, "{end:?}");
+    let seen = end.out.matches(BOOTED).count();
+    ensure!(seen == boots, "{seen} boots instead of {boots}:\n{}", end.out);
+    Ok(())
+}
