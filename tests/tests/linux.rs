@@ -9,8 +9,8 @@ use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::service::program;
 use libtest_mimic::Trial;
 
-/// Twenty times what the longest wait takes on two idle cores, for machines that do something else as well.
-const LIMIT: Duration = Duration::from_secs(400);
+/// Ten times what the longest wait takes on two idle cores, for machines that do something else as well.
+const LIMIT: Duration = Duration::from_secs(200);
 const MIB: u64 = 1 << 20;
 const BOOTED: &str = "GUEST-UP";
 /// More than the VMM queues for a guest.
@@ -46,12 +46,15 @@ fn main() -> ExitCode {
     requirements::run(trials, || SHARED.close())
 }
 
-fn test(name: &str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
+fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
     trial(name, &[Requirement::Lab], move || {
         for name in lab::PROJECT_PROGRAMS {
             program(name)?;
         }
-        body(&*SHARED.get(lab::project_binaries)?)
+        let Err(first) = body(&*SHARED.get(lab::project_binaries)?) else { return Ok(()) };
+        // The emulator was seen to break its guests, and now and then itself. What is our fault comes again.
+        eprintln!("{name} fails in the shared lab, and is tried once more in a lab of its own: {first:?}");
+        body(&Lab::boot(&lab::project_binaries())?)
     })
 }
 
