@@ -79,11 +79,12 @@ interface GuestControl {
   observer @4 () -> (observer :Observer, error :Common.Failure);
 
   powerButton @5 () -> (result :Common.Result);
-  # unimplemented, like all that follow.
+  # unimplemented, like all that follow but inspect.
   nmi @6 () -> (result :Common.Result);
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
   debugger @8 () -> (debugger :AnyPointer, error :Common.Failure);
-  inspect @9 (path :Text, depth :UInt32) -> (json :Text, error :Common.Failure);
+  inspect @9 (path :Text, depth :UInt32, rendering :Rendering) -> (tree :Text, error :Common.Failure);
+  # As Observer.inspect, with what is the guest's own.
   update @10 (path :Text, value :Text) -> (result :Common.Result);
   addUnit @11 (unit :Config.UnitConfig) -> (result :Common.Result);
 }
@@ -95,11 +96,104 @@ interface Observer {
   whenTerminated @1 () -> (exit :Exit);
   # As Guest.whenTerminated.
 
-  subscribe @2 (fromSequence :UInt64, sink :AnyPointer) -> (error :Common.Failure);
-  # unimplemented, like all that follow.
+  subscribe @2 (fromSequence :UInt64, sink :EventSink) -> (subscription :Subscription, error :Common.Failure);
+  # Sends `sink` every event from this sequence number on, 0 being the first, of those that are kept: the last 1,024. Answers at
+  # once. limitExceeded with more than 64 subscriptions of one guest.
   unitGraph @3 () -> (units :List(UnitStatus));
-  timeline @4 () -> (json :Text);
-  inspect @5 (path :Text, depth :UInt32) -> (json :Text, error :Common.Failure);
+  # The state units in the order of their addition, as they are at this moment, also during a transition; none without a VMM.
+  timeline @4 () -> (transitions :List(Transition));
+  # The latest passes over the units, the oldest first; the last may be under way. At most 64; none without a VMM.
+  inspect @5 (path :Text, depth :UInt32, rendering :Rendering) -> (tree :Text, error :Common.Failure);
+  # The node at `path` (names joined by "/", "" for the root) of the guest's inspection tree, with `depth` levels of children
+  # below it, 32 at most. What is not answered within half a second shows as unanswered. badConfig if there is no such node,
+  # notRunning once the guest has ended.
+}
+
+enum Rendering {
+  json @0;
+  # Objects and scalars; {"$state": …} in place of what is no value.
+  text @1;
+  # Lines "name: value", children indented.
+}
+
+interface EventSink {
+  # Implemented by the client. The VMM drops the capability after the guest's last event, which is `terminated`.
+
+  event @0 (event :Event) -> stream;
+  # One event. A sink that is slow to answer loses the oldest ones, and holds up nothing else.
+}
+
+interface Subscription {
+  # Holds the events coming: none is sent once it is dropped.
+}
+
+struct Event {
+  # Something that became of a guest.
+
+  sequence @0 :UInt64;
+  # Counts the guest's events from 0.
+  missed @1 :UInt64;
+  # How many events before this one the subscriber asked for and did not get.
+  atUs @2 :UInt64;
+  # When, in µs since 1970 (UTC).
+  union {
+    phase @3 :GuestState.Phase;
+    # The guest entered this phase.
+    transition @4 :TransitionEnd;
+    terminated @5 :Exit;
+    # It has ended.
+  }
+}
+
+struct TransitionEnd {
+  # A transition of all state units has ended.
+
+  operation @0 :Text;
+  # start, pause, resume, reset or stop.
+  durationUs @1 :UInt64;
+  failure @2 :Common.Failure;
+  # Null if it succeeded.
+}
+
+struct Transition {
+  # One pass over the state units.
+
+  operation @0 :Text;
+  # What the units were asked: start, stop, reset, save, restore, "post-restore", "can-save".
+  beganAtUs @1 :UInt64;
+  # When it began, in µs since 1970 (UTC).
+  units @2 :List(UnitStep);
+  # Those that take part, in the order of their addition.
+}
+
+struct UnitStep {
+  # One unit's part in a pass. Times are µs since the pass began, or -1 for what has not happened.
+
+  name @0 :Text;
+  readyUs @1 :Int64;
+  # The units that it waits for were done, and it was asked.
+  begunUs @2 :Int64;
+  # It took up the request.
+  endedUs @3 :Int64;
+  # It answered, or was passed over.
+  outcome @4 :Outcome;
+  detail @5 :Text;
+  # The error of one that failed; the units that a waiting one waits for, separated by ", ".
+
+  enum Outcome {
+    waiting @0;
+    # For other units.
+    asked @1;
+    # And has not answered yet.
+    done @2;
+    failed @3;
+    gone @4;
+    # Its channel ended, or it dropped the request.
+    removed @5;
+    skipped @6;
+    # Not asked, because of others.
+    late @7;
+  }
 }
 
 struct GuestState {
@@ -145,7 +239,10 @@ struct VpStatus {
 struct UnitStatus {
   name @0 :Text;
   state @1 :Text;
+  # stopped, starting, running, stopping, resetting, saving, restoring or faulted.
   dependsOn @2 :List(Text);
+  waitsFor @3 :List(Text);
+  # The units that it waits for in the transition under way.
 }
 
 interface HostVsockEndpoint {

@@ -3,11 +3,12 @@
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::channel::Channel;
 use crate::error::ClientError;
+use crate::events::{Events, Sink};
 use crate::serial::{ByteStream, Callback, SerialOutput};
 use futures::FutureExt;
-use guest_schema::guest_capnp::{guest, guest_control, observer};
+use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
 use guest_schema::host_capnp::guest_exit;
-use guest_schema::{Exit, Failure, GuestState};
+use guest_schema::{Exit, Failure, GuestState, Rendering, Transition, UnitStatus};
 use std::rc::Rc;
 
 /// The connection that a capability came over, kept open for it; none for what comes over a guest's own channel, which only
@@ -76,6 +77,22 @@ macro_rules! transitions {
     )*};
 }
 
+/// Both capabilities have this method, with types of their own.
+macro_rules! inspect {
+    ($self:ident, $path:ident, $depth:ident, $rendering:ident) => {{
+        let mut request = $self.client.inspect_request();
+        let mut params = request.get();
+        params.set_path($path);
+        params.set_depth($depth);
+        params.set_rendering($rendering.into());
+        Call::send(request, $self.clone(), |results| {
+            let refused = failure_beside(results.has_error(), results.get_error())?;
+            let tree = results.get_tree()?.to_string()?;
+            Ok(refused.map(|()| tree))
+        })
+    }};
+}
+
 impl Control {
     pub(crate) fn new(client: guest_control::Client, opened: Option<Call<()>>, kept: Kept) -> Self {
         Self { client, opened: opened.map(FutureExt::shared), kept }
@@ -98,6 +115,11 @@ impl Control {
         reset = reset_request;
         /// Halts the guest by force and answers when nothing of it is left.
         stop = stop_request;
+    }
+
+    /// As [`Observer::inspect`], with what is the guest's own: its registers, its command line.
+    pub fn inspect(&self, path: &str, depth: u32, rendering: Rendering) -> Call<String> {
+        inspect!(self, path, depth, rendering)
     }
 
     /// A look at the guest.
@@ -131,12 +153,53 @@ impl Observer {
         })
     }
 
+    /// The state units as they are at this moment, also during a transition; none once the guest has ended.
+    pub fn unit_graph(&self) -> Call<Vec<UnitStatus>> {
+        Call::send(self.client.unit_graph_request(), self.clone(), |results| {
+            Ok(Ok(UnitStatus::read_all(results.get_units()?)?))
+        })
+    }
+
+    /// The latest passes over the state units, the oldest first; none once the guest has ended.
+    pub fn timeline(&self) -> Call<Vec<Transition>> {
+        Call::send(self.client.timeline_request(), self.clone(), |results| {
+            Ok(Ok(Transition::read_all(results.get_transitions()?)?))
+        })
+    }
+
+    /// The node at `path` (names joined by "/", "" for the root) of the guest's inspection tree, with `depth` levels of children
+    /// below it. `badConfig` if there is no such node, `notRunning` once the guest has ended.
+    pub fn inspect(&self, path: &str, depth: u32, rendering: Rendering) -> Call<String> {
+        inspect!(self, path, depth, rendering)
+    }
+
+    /// Sends `events` what becomes of the guest, beginning with the event of this sequence number as far as it is kept, for as
+    /// long as the subscription is held. `limitExceeded` if there are too many.
+    pub fn subscribe(&self, from_sequence: u64, events: impl Events) -> Call<Subscription> {
+        let mut request = self.client.subscribe_request();
+        let mut params = request.get();
+        params.set_from_sequence(from_sequence);
+        params.set_sink(capnp_rpc::new_client(Sink::new(events)));
+        let kept = self.clone();
+        Call::send(request, self.clone(), |results| {
+            let refused = failure_beside(results.has_error(), results.get_error())?;
+            let client = results.get_subscription()?;
+            Ok(refused.map(|()| Subscription { _client: client, _kept: kept }))
+        })
+    }
+
     /// As [`Guest::terminated`].
     pub fn terminated(&self) -> Call<Exit> {
         Call::send(self.client.when_terminated_request(), self.clone(), |results| {
             Ok(Ok(Exit::read(results.get_exit()?)?))
         })
     }
+}
+
+/// Holds a guest's events coming. Dropped, none comes any more.
+pub struct Subscription {
+    _client: subscription::Client,
+    _kept: Observer,
 }
 
 /// How a guest ended, as the service knows it: it outlives the VMM, and also answers when the VMM's process crashed.

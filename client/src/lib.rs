@@ -41,6 +41,7 @@
 mod call;
 mod channel;
 mod error;
+mod events;
 mod file;
 mod guest;
 mod host;
@@ -49,10 +50,11 @@ mod serial;
 
 pub use call::Call;
 pub use error::{ClientError, ConnectError};
-pub use guest::{Control, Guest, GuestExit, Observer};
+pub use events::{Events, EventsClosed};
+pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, MemoryConfig, OnReset, Outcome, Phase,
-    UnitStatus, VpState,
+    Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, MemoryConfig, OnReset,
+    Outcome, Phase, Rendering, StepOutcome, Transition, TransitionEnd, UnitStatus, UnitStep, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

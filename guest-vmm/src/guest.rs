@@ -1,10 +1,12 @@
 //! One guest as its holders see it. It outlives the VM: holders learn how the guest ended.
 
+use crate::events::EventLog;
 use crate::serial::SerialLog;
 use devices::SerialInput;
 use guest_schema::{Exit, GuestState, Phase, UnitStatus, VpState};
 use machine::MachineView;
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -24,6 +26,7 @@ pub(crate) enum Milestone {
 /// A guest.
 pub(crate) struct Guest {
     log: Arc<SerialLog>,
+    events: Rc<EventLog>,
     /// None once the VM is gone.
     live: RefCell<Option<Live>>,
     exit: watch::Sender<Option<Exit>>,
@@ -41,8 +44,11 @@ struct Live {
 
 impl Guest {
     pub fn new(log: Arc<SerialLog>, input: SerialInput, view: Arc<MachineView>) -> Self {
+        let events = Rc::new(EventLog::default());
+        events.phase(Phase::Created);
         Self {
             log,
+            events,
             live: RefCell::new(Some(Live { input, view })),
             exit: watch::Sender::new(None),
             phase: Cell::new(Phase::Created),
@@ -55,6 +61,11 @@ impl Guest {
     /// Everything that the serial port has sent, as far as it is kept.
     pub fn log(&self) -> &Arc<SerialLog> {
         &self.log
+    }
+
+    /// What became of it.
+    pub fn events(&self) -> &Rc<EventLog> {
+        &self.events
     }
 
     /// The serial port's input, while there is one.
@@ -74,8 +85,8 @@ impl Guest {
     }
 
     pub fn set_phase(&self, phase: Phase) {
-        if !self.has_ended() {
-            self.phase.set(phase);
+        if !self.has_ended() && self.phase.replace(phase) != phase {
+            self.events.phase(phase);
         }
     }
 
@@ -93,27 +104,40 @@ impl Guest {
         self.log.close();
         self.ran.set(self.started.take().map(|started| started.elapsed()).unwrap_or_default());
         self.phase.set(Phase::Terminated);
+        self.events.terminated(exit.clone());
         self.exit.send_replace(Some(exit));
     }
 
     /// What an observer sees.
     pub async fn state(&self) -> GuestState {
-        let view = self.live.borrow().as_ref().map(|live| live.view.clone());
-        let (vps, units) = match &view {
-            Some(view) => (view.vp_states(VP_STATE).await, view.units()),
-            None => (Vec::new(), Vec::new()),
+        let vps = match self.view() {
+            Some(view) => view.vp_states(VP_STATE).await,
+            None => Vec::new(),
         };
         let uptime = self.started.get().map_or(self.ran.get(), |started| started.elapsed());
         GuestState {
             phase: self.phase.get(),
             vps: vps.into_iter().map(observed).collect(),
-            units: units
-                .into_iter()
-                .map(|unit| UnitStatus { name: unit.name, state: unit.state, depends_on: unit.depends_on })
-                .collect(),
+            units: self.units(),
             uptime_us: u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX),
             resets: self.resets.get(),
         }
+    }
+
+    /// Its state units; none without a VM.
+    pub fn units(&self) -> Vec<UnitStatus> {
+        let units = self.view().map(|view| view.units()).unwrap_or_default();
+        let status = |unit: machine::UnitView| UnitStatus {
+            name: unit.name,
+            state: unit.state,
+            depends_on: unit.depends_on,
+            waits_for: Vec::new(),
+        };
+        units.into_iter().map(status).collect()
+    }
+
+    fn view(&self) -> Option<Arc<MachineView>> {
+        self.live.borrow().as_ref().map(|live| live.view.clone())
     }
 }
 

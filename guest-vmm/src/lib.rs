@@ -9,6 +9,7 @@
 mod admission;
 mod config;
 mod driver;
+mod events;
 mod files;
 mod guest;
 mod platform;

@@ -14,6 +14,7 @@ use std::error::Error;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 use tokio::sync::{Notify, mpsc};
 
 /// Cancels a create: waits in it end at once, blocking work ends between two of its steps.
@@ -82,32 +83,39 @@ impl Vm {
     }
 
     pub async fn start(&self) -> Result<(), Failure> {
-        self.machine.start().await.map_err(|error| start_failure(&error))?;
+        self.told("start", async { self.machine.start().await.map_err(|error| start_failure(&error)) })
+            .await?;
         self.guest.was_started();
         Ok(())
     }
 
     pub async fn pause(&self) -> Result<(), Failure> {
-        self.machine.pause().await.map_err(|error| transition_failure("pause", &error, self.is_faulted()))
+        let failed = |error| transition_failure("pause", &error, self.is_faulted());
+        self.told("pause", async { self.machine.pause().await.map_err(failed) }).await
     }
 
     pub async fn resume(&self) -> Result<(), Failure> {
-        self.machine.start().await.map_err(|error| transition_failure("resume", &error, self.is_faulted()))
+        let failed = |error| transition_failure("resume", &error, self.is_faulted());
+        self.told("resume", async { self.machine.start().await.map_err(failed) }).await
     }
 
     /// Stops the units if they run, resets them, and starts them again if they ran.
     pub async fn reset(&mut self, running: bool) -> Result<(), Failure> {
+        let Self { machine, halts, guest } = self;
         let failed = |error: StateTransitionError| transition_failure("reset", &error, true);
-        if running {
-            self.machine.stop().await.map_err(failed)?;
-        }
-        // What the former life of the guest still had to say is said.
-        while self.halts.try_recv().is_ok() {}
-        self.machine.reset().await.map_err(failed)?;
-        if running {
-            self.machine.start().await.map_err(failed)?;
-        }
-        Ok(())
+        let reset = async {
+            if running {
+                machine.stop().await.map_err(failed)?;
+            }
+            // What the former life of the guest still had to say is said.
+            while halts.try_recv().is_ok() {}
+            machine.reset().await.map_err(failed)?;
+            if running {
+                machine.start().await.map_err(failed)?;
+            }
+            Ok(())
+        };
+        told(guest, "reset", reset).await
     }
 
     pub fn guest_was_reset(&self) {
@@ -120,7 +128,8 @@ impl Vm {
 
     /// Stops what runs and takes everything down, also if something cannot be stopped.
     pub async fn stop_and_destroy(self) -> Result<(), Failure> {
-        let stopped = self.machine.stop().await.map_err(|error| transition_failure("stop", &error, false));
+        let failed = |error| transition_failure("stop", &error, false);
+        let stopped = self.told("stop", async { self.machine.stop().await.map_err(failed) }).await;
         self.destroy().await;
         stopped
     }
@@ -129,6 +138,26 @@ impl Vm {
         let Self { machine, halts: _, guest: _ } = self;
         machine.destroy().await;
     }
+
+    async fn told(
+        &self,
+        operation: &str,
+        transition: impl Future<Output = Result<(), Failure>>,
+    ) -> Result<(), Failure> {
+        told(&self.guest, operation, transition).await
+    }
+}
+
+/// Carries out a transition, and tells the guest's subscribers of its end.
+async fn told(
+    guest: &Guest,
+    operation: &str,
+    transition: impl Future<Output = Result<(), Failure>>,
+) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let result = transition.await;
+    guest.events().transition(operation, begun.elapsed(), &result);
+    result
 }
 
 async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Failure> {

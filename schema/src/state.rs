@@ -1,7 +1,8 @@
 //! What an observer sees of a guest, as plain Rust.
 
 use crate::failure::lossy;
-use crate::guest_capnp::{guest_state, vp_status};
+use crate::guest_capnp::{self, guest_state, unit_status, vp_status};
+use capnp::{struct_list, text_list};
 
 macro_rules! mirrored {
     ($(#[$doc:meta])* $name:ident = $wire:path { $($variant:ident $text:literal,)* }) => {
@@ -31,6 +32,8 @@ macro_rules! mirrored {
     };
 }
 
+pub(crate) use mirrored;
+
 mirrored! {
     /// Where a guest is in its life.
     Phase = guest_state::Phase {
@@ -47,6 +50,11 @@ mirrored! {
     }
 }
 
+mirrored! {
+    /// How an inspection tree is rendered.
+    Rendering = guest_capnp::Rendering { Json "json", Text "text", }
+}
+
 /// A state unit as an observer sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnitStatus {
@@ -56,6 +64,53 @@ pub struct UnitStatus {
     pub state: String,
     /// The units it depends on.
     pub depends_on: Vec<String>,
+    /// The units that it waits for in the transition under way.
+    pub waits_for: Vec<String>,
+}
+
+impl UnitStatus {
+    /// Writes several into a message: `init` makes a list of a length.
+    pub fn write_all<'a>(
+        units: &[Self],
+        init: impl FnOnce(u32) -> struct_list::Builder<'a, unit_status::Owned>,
+    ) {
+        let mut list = init(length(units));
+        for (index, unit) in (0u32..).zip(units) {
+            let mut status = list.reborrow().get(index);
+            status.set_name(&unit.name[..]);
+            status.set_state(&unit.state[..]);
+            write_names(&unit.depends_on, status.reborrow().init_depends_on(length(&unit.depends_on)));
+            write_names(&unit.waits_for, status.init_waits_for(length(&unit.waits_for)));
+        }
+    }
+
+    /// Reads several from a message.
+    pub fn read_all(units: struct_list::Reader<'_, unit_status::Owned>) -> capnp::Result<Vec<Self>> {
+        let read = |unit: unit_status::Reader<'_>| {
+            Ok(Self {
+                name: lossy(unit.get_name()?),
+                state: lossy(unit.get_state()?),
+                depends_on: read_names(unit.get_depends_on()?)?,
+                waits_for: read_names(unit.get_waits_for()?)?,
+            })
+        };
+        units.iter().map(read).collect()
+    }
+}
+
+/// How long a list of these is in a message.
+pub(crate) fn length<T>(items: &[T]) -> u32 {
+    u32::try_from(items.len()).unwrap_or(u32::MAX)
+}
+
+fn write_names(names: &[String], mut list: text_list::Builder<'_>) {
+    for (index, name) in (0u32..).zip(names) {
+        list.set(index, &name[..]);
+    }
+}
+
+fn read_names(names: text_list::Reader<'_>) -> capnp::Result<Vec<String>> {
+    names.iter().map(|name| name.map(lossy)).collect()
 }
 
 /// What an observer sees of a guest.
@@ -77,23 +132,13 @@ impl GuestState {
     /// Writes it into a message.
     pub fn write(&self, mut builder: guest_state::Builder<'_>) {
         builder.set_phase(self.phase.into());
-        let mut vps = builder.reborrow().init_vps(u32::try_from(self.vps.len()).unwrap_or(u32::MAX));
+        let mut vps = builder.reborrow().init_vps(length(&self.vps));
         for (index, state) in (0u32..).zip(&self.vps) {
             let mut vp = vps.reborrow().get(index);
             vp.set_index(index);
             vp.set_state((*state).into());
         }
-        let mut units = builder.reborrow().init_units(u32::try_from(self.units.len()).unwrap_or(u32::MAX));
-        for (index, unit) in (0u32..).zip(&self.units) {
-            let mut status = units.reborrow().get(index);
-            status.set_name(&unit.name[..]);
-            status.set_state(&unit.state[..]);
-            let count = u32::try_from(unit.depends_on.len()).unwrap_or(u32::MAX);
-            let mut names = status.init_depends_on(count);
-            for (index, name) in (0u32..).zip(&unit.depends_on) {
-                names.set(index, &name[..]);
-            }
-        }
+        UnitStatus::write_all(&self.units, |count| builder.reborrow().init_units(count));
         builder.set_uptime_us(self.uptime_us);
         builder.set_resets(self.resets);
     }
@@ -102,15 +147,7 @@ impl GuestState {
     pub fn read(reader: guest_state::Reader<'_>) -> capnp::Result<Self> {
         let vps =
             reader.get_vps()?.iter().map(|vp| Ok(vp.get_state()?.into())).collect::<capnp::Result<_>>()?;
-        let mut units = Vec::new();
-        for unit in reader.get_units()?.iter() {
-            let names = unit.get_depends_on()?.iter().map(|name| name.map(lossy));
-            units.push(UnitStatus {
-                name: lossy(unit.get_name()?),
-                state: lossy(unit.get_state()?),
-                depends_on: names.collect::<Result<_, _>>()?,
-            });
-        }
+        let units = UnitStatus::read_all(reader.get_units()?)?;
         let phase = reader.get_phase()?.into();
         Ok(Self { phase, vps, units, uptime_us: reader.get_uptime_us(), resets: reader.get_resets() })
     }
@@ -129,6 +166,7 @@ mod tests {
                 name: "vps".into(),
                 state: "running".into(),
                 depends_on: vec!["serial".into()],
+                waits_for: vec!["memory".into(), "ioapic".into()],
             }],
             uptime_us: 7,
             resets: 1,

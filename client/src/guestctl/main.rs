@@ -1,11 +1,12 @@
 //! guestctl: guests from the command line.
 //!
-//! A module per command (`run`, `guests`, `demo`), and what they share: `options`, `service` (guestd, or a private one in this
+//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`), and what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
 mod demo;
 mod ending;
 mod guests;
+mod look;
 mod options;
 mod out;
 mod run;
@@ -61,6 +62,16 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Pause { id } => guests::pause(&service::running(options).await?, id).await,
         Command::Resume { id } => guests::resume(&service::running(options).await?, id).await,
         Command::Reset { id } => guests::reset(&service::running(options).await?, id).await,
+        Command::Inspect(look) => look::inspect(&service::running(options).await?, look, out).await,
+        Command::Events { id, from, json } => {
+            look::events(&service::running(options).await?, id, *from, *json, out).await
+        }
+        Command::Graph { id, format } => {
+            look::graph(&service::running(options).await?, id, *format, out).await
+        }
+        Command::Timeline { id, trace } => {
+            look::timeline(&service::running(options).await?, id, trace.as_deref(), out).await
+        }
         Command::Completions { .. } => Ok(()),
     }
 }

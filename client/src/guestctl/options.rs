@@ -104,6 +104,35 @@ pub enum Command {
         /// Its id, or a unique beginning of it
         id: String,
     },
+    /// Show what a guest and its machine are made of, and how they are
+    Inspect(Look),
+    /// Show what becomes of a guest, from its beginning to its end
+    Events {
+        /// Its id, or a unique beginning of it
+        id: String,
+        /// Begin with the event of this number, 0 being the first
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        from: u64,
+        /// One JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a guest's state units, and which depend on which
+    Graph {
+        /// Its id, or a unique beginning of it
+        id: String,
+        /// As what
+        #[arg(long, value_name = "FORMAT", value_enum, default_value_t = GraphFormat::Tree)]
+        format: GraphFormat,
+    },
+    /// Show a guest's latest transitions, unit by unit, times in µs
+    Timeline {
+        /// Its id, or a unique beginning of it
+        id: String,
+        /// Write them to this file instead, as JSON for a viewer of Chrome traces
+        #[arg(long, value_name = "FILE")]
+        trace: Option<PathBuf>,
+    },
     /// What the running guestd says of itself
     Info {
         /// One JSON object instead of lines
@@ -115,6 +144,32 @@ pub enum Command {
         /// The shell
         shell: Shell,
     },
+}
+
+/// `guestctl inspect`.
+#[derive(Debug, Args)]
+pub struct Look {
+    /// The guest's id, or a unique beginning of it
+    pub id: String,
+    /// A node of the tree, its names joined by `/` [default: the root]
+    #[arg(default_value = "", hide_default_value = true)]
+    pub path: String,
+    /// How many levels below that node, 32 at most
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub depth: u32,
+    /// JSON instead of lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GraphFormat {
+    /// A tree of text
+    Tree,
+    /// Graphviz
+    Dot,
+    /// A picture that a browser shows
+    Svg,
 }
 
 const RUN: &str = "\
