@@ -3,6 +3,7 @@
 #![expect(
     missing_docs,
     clippy::allow_attributes_without_reason,
+    clippy::match_single_binding,
     clippy::needless_pass_by_value,
     clippy::unimplemented,
     reason = "generated: the schema is the documentation"

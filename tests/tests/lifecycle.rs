@@ -6,14 +6,17 @@ use std::pin::Pin;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use guest_client::ClientError;
-use guest_schema::{FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpState};
+use guest_client::{ClientError, Event, EventKind, Observer};
+use guest_schema::{
+    Failure, FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpState,
+};
 use guest_tests::console::Console;
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::service::PATIENCE;
 use guest_tests::stage::{Act, Channel, Kind, Stage, Story, expect, gone, play_on, refusal, refused};
 use guest_tests::wait;
 use libtest_mimic::Trial;
+use tokio::sync::mpsc;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
 
@@ -70,6 +73,10 @@ stories! {
     input_to_a_guest_that_has_ended_fails;
     the_service_finds_the_guest_and_its_operator_stops_it;
     the_service_tells_how_the_guest_ended;
+    an_observer_hears_of_all_that_becomes_of_the_guest;
+    a_failed_transition_is_told_with_its_reason with ",fail-unit=reset";
+    subscriptions_are_bounded_and_end_when_they_are_dropped;
+    an_observer_sees_the_units_and_what_depends_on_what;
 }
 
 fn main() -> ExitCode {
@@ -590,4 +597,122 @@ async fn the_service_tells_how_the_guest_ended(stage: Stage) -> Story {
     let next = player.exit.terminated();
     player.cue(&running, Act::Crash).await?;
     expect("the guest of the last create", next.await?.outcome, Outcome::Crashed)
+}
+
+/// All events from a sequence number on, to the last.
+async fn events(observer: &Observer, from: u64) -> anyhow::Result<Vec<Event>> {
+    let (sender, mut arriving) = mpsc::channel(1);
+    let _subscription = observer.subscribe(from, sender).await?;
+    let mut events = Vec::new();
+    while let Some(event) = arriving.recv().await {
+        events.push(event);
+    }
+    Ok(events)
+}
+
+fn told(events: &[Event]) -> Vec<String> {
+    let word = |event: &Event| match &event.kind {
+        EventKind::Phase(phase) => phase.name().to_owned(),
+        EventKind::Transition(end) if end.failure.is_some() => format!("{} failed", end.operation),
+        EventKind::Transition(end) => format!("{} done", end.operation),
+        EventKind::Terminated(exit) => format!("{:?}", exit.outcome),
+    };
+    events.iter().map(word).collect()
+}
+
+async fn an_observer_hears_of_all_that_becomes_of_the_guest(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::PowerOff).await?;
+    let observer = running.guest.observer();
+    let (sender, mut arriving) = mpsc::channel(1);
+    let subscription = observer.subscribe(0, sender).await?;
+    let control = player.lifecycle.control();
+    control.pause().await?;
+    control.resume().await?;
+    player.cue(&running, Act::PowerOff).await?;
+    running.run.await?;
+    let mut heard = Vec::new();
+    while let Some(event) = arriving.recv().await {
+        heard.push(event);
+    }
+    drop(subscription);
+    // A guest is running from when it is to run until it has paused or begins to stop.
+    let expected = [
+        "created",
+        "running",
+        "start done",
+        "pause done",
+        "paused",
+        "running",
+        "resume done",
+        "stopping",
+        "stop done",
+        "Clean",
+    ];
+    expect("what was told", told(&heard), expected.map(str::to_owned).to_vec())?;
+    let numbers: Vec<u64> = heard.iter().map(|event| event.sequence).collect();
+    expect("sequence", numbers, (0..heard.len() as u64).collect())?;
+    expect("missed", heard.iter().map(|event| event.missed).sum::<u64>(), 0)?;
+    expect("times in order", heard.is_sorted_by_key(|event| event.at_us), true)?;
+    // Whoever asks after the end gets the same, from where it asks.
+    expect("a late subscriber", events(&observer, 0).await?, heard.clone())?;
+    expect("from the seventh on", &events(&observer, 7).await?[..], &heard[7..])
+}
+
+async fn a_failed_transition_is_told_with_its_reason(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let observer = running.guest.observer();
+    let (_, detail) = refused(player.lifecycle.control().reset().await)?;
+    player.lifecycle.stop().await?;
+    let heard = events(&observer, 0).await?;
+    let failures = heard.iter().filter_map(|event| match &event.kind {
+        EventKind::Transition(end) if end.operation == "reset" => end.failure.as_ref(),
+        _ => None,
+    });
+    let reasons: Vec<String> = failures.map(Failure::chain).collect();
+    expect("the reason", reasons, vec![detail])
+}
+
+async fn subscriptions_are_bounded_and_end_when_they_are_dropped(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let observer = running.guest.observer();
+    let (sender, mut arriving) = mpsc::channel(1);
+    let first = observer.subscribe(u64::MAX, sender).await?;
+    let mut others = Vec::new();
+    for _ in 1..64 {
+        let (sender, _) = mpsc::channel(1);
+        others.push(observer.subscribe(u64::MAX, sender).await?);
+    }
+    let (sender, _) = mpsc::channel(1);
+    let one_more = observer.subscribe(0, sender).await.map(drop);
+    expect("one more", refusal(one_more)?, GuestError::LimitExceeded)?;
+    drop(first);
+    expect("no event any more", arriving.recv().await, None)?;
+    let (sender, mut arriving) = mpsc::channel(1);
+    let _again = observer.subscribe(0, sender).await?;
+    expect("an event", arriving.recv().await.map(|event| event.sequence), Some(0))?;
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)
+}
+
+async fn an_observer_sees_the_units_and_what_depends_on_what(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let observer = running.guest.observer();
+    let units = observer.unit_graph().await?;
+    let names: Vec<&str> = units.iter().map(|unit| &unit.name[..]).collect();
+    for unit in &units {
+        expect(&unit.name, &unit.state[..], "running")?;
+        expect(&unit.name, unit.depends_on.iter().all(|name| names.contains(&&name[..])), true)?;
+    }
+    let vps = units.iter().find(|unit| unit.name == "vps").ok_or_else(|| anyhow!("no vps in {names:?}"))?;
+    expect("what the VPs depend on", vps.depends_on.len(), units.len() - 1)?;
+    player.lifecycle.control().pause().await?;
+    let paused = observer.unit_graph().await?;
+    expect("paused", paused.iter().all(|unit| unit.state == "stopped"), true)?;
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
+    expect("after its end", observer.unit_graph().await?, Vec::new())
 }
