@@ -117,14 +117,51 @@ struct MemDeviceConfig {
 }
 
 struct UnitConfig {
+  # A state unit that a client implements. It moves with the guest's own: in their order, within their deadlines.
+
   id @0 :Text;
+  # Its name among the guest's units, and in saved state.
   dependsOn @1 :List(Text);
+  # The units that it needs: it starts after them and stops before them.
   deadlineMs @2 :UInt32;
+  # How long it may take to answer. The guest's own deadline, 10 s for a whole transition, holds besides.
   whenLost @3 :LossPolicy;
-  unit @4 :AnyPointer;
+  unit @4 :StateUnit;
+  savedState @5 :SavedStateKind;
 }
 
 enum LossPolicy {
+  # What becomes of a transition whose unit does not answer within its deadline, or whose connection is lost.
   fault @0;
-  ignore @1;
+  # The transition fails, and names the unit.
+  evict @1;
+  # The unit is taken out of the graph, and the transition goes on without it.
+}
+
+enum SavedStateKind {
+  none @0;
+  # There is nothing to save; restore passes the unit by.
+  saves @1;
+  # save gives a state, and restore needs one.
+  refused @2;
+  # The unit cannot be saved, and so the guest cannot.
+}
+
+interface StateUnit {
+  # A state unit that a client implements. One method is called at a time but for inspect, which may come while another is
+  # under way. A refusal is data; an exception counts as the unit's loss.
+
+  start @0 () -> (result :Common.Result);
+  # The units that this one depends on run.
+  stop @1 () -> (result :Common.Result);
+  # The units that depend on this one have stopped. Answers when nothing is under way any more.
+  reset @2 () -> (result :Common.Result);
+  # Back to the state at the beginning. Only while stopped, like the three that follow.
+  save @3 () -> (typeName :Text, state :Data, result :Common.Result);
+  # The state, and the full name of its protobuf message.
+  restore @4 (typeName :Text, state :Data) -> (result :Common.Result);
+  postRestore @5 () -> (result :Common.Result);
+  # All units have been restored.
+  inspect @6 () -> (json :Text);
+  # What it shows of itself: a JSON object of scalars and of such objects.
 }

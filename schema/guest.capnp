@@ -263,14 +263,3 @@ interface MemController {
   size @0 () -> (blockBytes :UInt64, regionBytes :UInt64, usableBytes :UInt64, pluggedBytes :UInt64, requestedBytes :UInt64, error :Common.Failure);
   requestSize @1 (bytes :UInt64) -> (result :Common.Result);
 }
-
-interface StateUnit {
-  # A state unit that a client implements and that joins the guest's graph. unimplemented: nothing calls it yet.
-  start @0 () -> (result :Common.Result);
-  stop @1 () -> (result :Common.Result);
-  reset @2 () -> (result :Common.Result);
-  save @3 () -> (state :Data, result :Common.Result);
-  restore @4 (state :Data) -> (result :Common.Result);
-  postRestore @5 () -> (result :Common.Result);
-  inspect @6 (path :Text, depth :UInt32) -> (json :Text);
-}
