@@ -38,7 +38,44 @@ impl<T: SaveRestore + ?Sized> ProtobufSaveRestore for T {
 /// A component that needs more than its state to be restored: `P`, which only the restoring side has (guest memory, a
 /// reopened file, the interrupt lines of a new board).
 ///
-/// What is in `P` is no part of the format. A component may implement this for several types `P`, and for borrowed ones.
+/// What is in `P` is no part of the format. It may be borrowed:
+///
+/// ```
+/// use save_restore::{ProtobufSaveRestoreWith, RestoreError, SaveError, SaveRestoreWith, saved_state_root};
+///
+/// #[derive(Clone, PartialEq, prost::Message)]
+/// struct DiskState {
+///     #[prost(uint64, tag = "1")]
+///     position: u64,
+/// }
+///
+/// saved_state_root!(DiskState, package = "example");
+///
+/// struct Disk { position: u64 }
+///
+/// impl SaveRestoreWith<&std::fs::File> for Disk {
+///     type SavedState = DiskState;
+///
+///     fn save(&mut self) -> Result<DiskState, SaveError> {
+///         Ok(DiskState { position: self.position })
+///     }
+///
+///     fn restore_with(&mut self, state: DiskState, image: &std::fs::File) -> Result<(), RestoreError> {
+///         let size = image.metadata().map_err(RestoreError::other)?.len();
+///         if state.position > size {
+///             return Err(RestoreError::invalid("position", state.position));
+///         }
+///         self.position = state.position;
+///         Ok(())
+///     }
+/// }
+///
+/// let blob = Disk { position: 512 }.save_blob()?;
+/// let empty = std::fs::File::open("/dev/null")?;
+/// let error = Disk { position: 0 }.restore_blob_with(blob, &empty).unwrap_err();
+/// assert_eq!(error.to_string(), "position is 512, which is not valid");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait SaveRestoreWith<P> {
     /// The message.
     type SavedState: SavedStateRoot;

@@ -2,8 +2,9 @@
 //!
 //! A component's saved state is a message type apart from its runtime type, so that the runtime may change while the
 //! format stays. [`SaveRestore`] is what a component implements; [`ProtobufSaveRestore`] is the same with the type
-//! erased into a [`SavedStateBlob`], which is what travels and is stored. The package name is part of the format: a blob
-//! is restored only into the type whose full name it carries.
+//! erased into a [`SavedStateBlob`], which is what travels and is stored. [`SaveRestoreWith`] is for components that are
+//! restored with more than their state. The package name is part of the format: a blob is restored only into the type
+//! whose full name it carries.
 //!
 //! The messages of this crate are also in `save_restore.proto`, in the schema of saved state, where a test compares the two.
 //!
