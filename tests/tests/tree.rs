@@ -1,4 +1,4 @@
-//! The tree itself: what lies at its top, what every folder says of itself, what no file may name.
+//! The tree itself: what lies at its top, what every folder says of itself, what no file may name or declare.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -63,6 +63,25 @@ fn every_folder_of_the_workspace_has_a_readme() {
 fn no_file_names_a_path_of_one_machine() {
     let found: Vec<String> = files().iter().flat_map(|file| machine_paths(file)).collect();
     assert!(found.is_empty(), "paths of one machine:\n{}", found.join("\n"));
+}
+
+/// Saved state is a format: a message that a component is saved into is generated from the schema, where its fields are frozen.
+/// Tests, examples and the crate of the trait itself may declare their own with `saved_state_root!`.
+#[test]
+fn saved_state_is_generated_from_the_schema() {
+    let exempt = ["schema/saved_state/src/generated/", "guest-vmm/save-restore/src/"];
+    let files = files().into_iter().filter(|file| file.ends_with(".rs"));
+    let mut read = 0;
+    for file in files.filter(|file| !exempt.iter().any(|folder| file.starts_with(folder))) {
+        let source = std::fs::read_to_string(top().join(&file)).unwrap();
+        let mut lines = source.lines().map(str::trim_start);
+        let by_hand = |line: &str| line.starts_with("impl") && line.contains("SavedStateRoot for ");
+        assert!(!lines.clone().any(by_hand), "{file}: SavedStateRoot is never implemented by hand");
+        let declares = file.contains("/src/") && lines.any(|line| line.contains("saved_state_root!"));
+        assert!(!declares, "{file}: the message belongs into schema/saved_state");
+        read += 1;
+    }
+    assert!(read > 50, "only {read} files were looked at");
 }
 
 fn machine_paths(file: &str) -> Vec<String> {

@@ -2,11 +2,14 @@
 //!
 //! A component's saved state is a message type apart from its runtime type, so that the runtime may change while the
 //! format stays. [`SaveRestore`] is what a component implements; [`ProtobufSaveRestore`] is the same with the type
-//! erased into a [`SavedStateBlob`], which is what travels and is stored. The package name is part of the format: a blob
-//! is restored only into the type whose full name it carries.
+//! erased into a [`SavedStateBlob`], which is what travels and is stored. [`SaveRestoreWith`] is for components that are
+//! restored with more than their state. The package name is part of the format: a blob is restored only into the type
+//! whose full name it carries.
+//!
+//! The messages of this crate are also in `save_restore.proto`, in the schema of saved state, where a test compares the two.
 //!
 //! ```
-//! use save_restore::{ProtobufSaveRestore, RestoreError, SaveError, SaveRestore};
+//! use save_restore::{ProtobufSaveRestore, RestoreError, SaveError, SaveRestore, saved_state_root};
 //!
 //! #[derive(Clone, PartialEq, prost::Message)]
 //! struct CounterState {
@@ -14,10 +17,7 @@
 //!     count: u32,
 //! }
 //!
-//! impl prost::Name for CounterState {
-//!     const NAME: &'static str = "CounterState";
-//!     const PACKAGE: &'static str = "example";
-//! }
+//! saved_state_root!(CounterState, package = "example");
 //!
 //! struct Counter { count: u8 }
 //!
@@ -45,55 +45,13 @@
 //! ```
 
 mod blob;
+mod component;
 mod error;
+mod root;
 
 pub use blob::SavedStateBlob;
+pub use component::{
+    ProtobufSaveRestore, ProtobufSaveRestoreWith, SaveRestore, SaveRestoreWith, SavedStateNotSupported,
+};
 pub use error::{RestoreError, SaveError};
-
-/// A message that can be the whole saved state of a component: a protobuf message with a full name.
-///
-/// Every type with [`prost::Message`] and [`prost::Name`] is one; code generated from `.proto` files has both.
-pub trait SavedStateRoot: prost::Message + prost::Name + Default {}
-
-impl<T: prost::Message + prost::Name + Default> SavedStateRoot for T {}
-
-/// A component whose state can be saved into, and restored from, a message type of its own.
-pub trait SaveRestore {
-    /// The message; [`NoSavedState`] for a component without state.
-    type SavedState: SavedStateRoot;
-
-    /// The state at this moment. Called only while the component is stopped; leaves it as it was.
-    fn save(&mut self) -> Result<Self::SavedState, SaveError>;
-
-    /// Replaces the state. Called only while the component is stopped. After an error the component's state is
-    /// unspecified, and it is not started again before a reset or another restore.
-    fn restore(&mut self, state: Self::SavedState) -> Result<(), RestoreError>;
-}
-
-/// [`SaveRestore`] with the message type erased; object safe, and implemented for every `SaveRestore`.
-pub trait ProtobufSaveRestore {
-    /// The state at this moment, with the name of its type.
-    fn save_blob(&mut self) -> Result<SavedStateBlob, SaveError>;
-
-    /// Replaces the state; refuses a blob of another type, or one that does not decode.
-    fn restore_blob(&mut self, blob: SavedStateBlob) -> Result<(), RestoreError>;
-}
-
-impl<T: SaveRestore + ?Sized> ProtobufSaveRestore for T {
-    fn save_blob(&mut self) -> Result<SavedStateBlob, SaveError> {
-        Ok(SavedStateBlob::new(&self.save()?))
-    }
-
-    fn restore_blob(&mut self, blob: SavedStateBlob) -> Result<(), RestoreError> {
-        self.restore(blob.parse()?)
-    }
-}
-
-/// The saved state of a component that has none.
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct NoSavedState {}
-
-impl prost::Name for NoSavedState {
-    const NAME: &'static str = "NoSavedState";
-    const PACKAGE: &'static str = "save_restore";
-}
+pub use root::{NoSavedState, SavedStateRoot};

@@ -1,7 +1,10 @@
 //! State through blobs: there and back, and what is refused.
 
 use prost::Message;
-use save_restore::{NoSavedState, ProtobufSaveRestore, RestoreError, SaveError, SaveRestore, SavedStateBlob};
+use save_restore::{
+    NoSavedState, ProtobufSaveRestore, ProtobufSaveRestoreWith, RestoreError, SaveError, SaveRestore,
+    SaveRestoreWith, SavedStateBlob, SavedStateNotSupported, saved_state_root,
+};
 use std::error::Error;
 
 #[derive(Clone, PartialEq, Message)]
@@ -12,10 +15,7 @@ struct TimerState {
     armed: bool,
 }
 
-impl prost::Name for TimerState {
-    const NAME: &'static str = "TimerState";
-    const PACKAGE: &'static str = "save_restore.tests";
-}
+saved_state_root!(TimerState, package = "save_restore.tests");
 
 #[derive(Default)]
 struct Timer {
@@ -114,6 +114,79 @@ fn what_cannot_be_saved_says_why() {
     assert_eq!(error.source().unwrap().to_string(), "saving is not supported: a removable timer");
 }
 
+/// An alarm is saved with its deadline, and restored beside a clock that only the restoring side has.
+#[derive(Default)]
+struct Alarm {
+    deadline: u64,
+    rings_in: u64,
+}
+
+struct Clock {
+    now: u64,
+}
+
+impl SaveRestoreWith<&Clock> for Alarm {
+    type SavedState = TimerState;
+
+    fn save(&mut self) -> Result<TimerState, SaveError> {
+        Ok(TimerState { deadline: self.deadline, armed: true })
+    }
+
+    fn restore_with(&mut self, state: TimerState, clock: &Clock) -> Result<(), RestoreError> {
+        let TimerState { deadline, armed } = state;
+        if !armed {
+            return Err(RestoreError::invalid("armed", armed));
+        }
+        *self = Self { deadline, rings_in: deadline.saturating_sub(clock.now) };
+        Ok(())
+    }
+}
+
+#[test]
+fn what_restore_takes_beside_the_state_comes_with_the_blob() {
+    let mut alarms: Vec<Box<dyn ProtobufSaveRestoreWith<&Clock>>> = vec![Box::new(Alarm::default())];
+    alarms[0].restore_blob_with(blob_of_timer(900, true), &Clock { now: 700 }).unwrap();
+    assert_eq!(alarms[0].save_blob().unwrap(), blob_of_timer(900, true));
+
+    let mut alarm = Alarm::default();
+    alarm.restore_blob_with(blob_of_timer(900, true), &Clock { now: 700 }).unwrap();
+    assert_eq!(alarm.rings_in, 200);
+    let error = alarm.restore_blob_with(blob_of_timer(900, false), &Clock { now: 0 }).unwrap_err();
+    assert_eq!(error.to_string(), "armed is false, which is not valid");
+    let error = alarm.restore_blob_with(Stateless.save_blob().unwrap(), &Clock { now: 0 }).unwrap_err();
+    assert!(matches!(error, RestoreError::WrongType { .. }), "{error}");
+}
+
+fn blob_of_timer(deadline: u64, armed: bool) -> SavedStateBlob {
+    SavedStateBlob::new(&TimerState { deadline, armed })
+}
+
+/// Whatever the blob is: a type that does not fit is not the reason.
+#[test]
+fn what_is_not_supported_refuses_to_be_saved_and_every_blob() {
+    let mut part: Box<dyn ProtobufSaveRestore> =
+        Box::new(SavedStateNotSupported::new("a device of the host"));
+    let error = part.save_blob().unwrap_err();
+    assert!(
+        matches!(&error, SaveError::NotSupported { reason } if reason == "a device of the host"),
+        "{error}"
+    );
+    for blob in [blob_of_timer(1, true), SavedStateBlob::new(&NoSavedState {}), SavedStateBlob::default()] {
+        let error = part.restore_blob(blob).unwrap_err();
+        assert!(matches!(&error, RestoreError::NotSupported { reason } if reason == "a device of the host"));
+    }
+}
+
+#[test]
+fn an_entry_for_nothing_and_an_error_of_another_type_are_told() {
+    let error = RestoreError::UnknownEntry { name: "timer 9".to_owned() }.in_child("board");
+    assert_eq!(error.source().unwrap().to_string(), "there is saved state for timer 9, which does not exist");
+    let error = RestoreError::other(std::io::Error::other("the disk is gone"));
+    assert_eq!(error.source().unwrap().to_string(), "the disk is gone");
+    let error = SaveError::other(std::io::Error::other("the disk is full"));
+    assert_eq!(error.source().unwrap().to_string(), "the disk is full");
+}
+
 /// The bytes of a blob are a format: they do not change.
 #[test]
 fn the_encoding_is_fixed() {
@@ -126,9 +199,16 @@ fn the_encoding_is_fixed() {
 
 proptest::proptest! {
     #[test]
-    fn any_bytes_decode_or_are_refused(name in ".*", bytes: Vec<u8>) {
-        let _ = SavedStateBlob::decode(&*bytes);
-        let _ = Timer::default().restore_blob(SavedStateBlob::from_parts(name, bytes.clone()));
-        let _ = Timer::default().restore_blob(SavedStateBlob::from_parts("save_restore.tests.TimerState", bytes));
+    fn any_bytes_decode_or_are_refused_by_name(name in ".*", bytes: Vec<u8>) {
+        if let Ok(blob) = SavedStateBlob::decode(&*bytes) {
+            let again = SavedStateBlob::decode(&*blob.encode_to_vec());
+            proptest::prop_assert_eq!(again, Ok(blob));
+        }
+        for name in [name.as_str(), "save_restore.tests.TimerState"] {
+            match SavedStateBlob::from_parts(name, bytes.clone()).parse::<TimerState>() {
+                Ok(_) => proptest::prop_assert_eq!(name, "save_restore.tests.TimerState"),
+                Err(error) => proptest::prop_assert!(error.to_string().contains(name), "{}", error),
+            }
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! 64 bytes; and beside start the ratio to as many bare round trips over a channel and a oneshot.
 
 use inspect::{Inspect, Request};
-use save_restore::{RestoreError, SaveError, SavedStateBlob};
+use save_restore::{RestoreError, SaveError, SavedStateBlob, saved_state_root};
 use state_unit::{SaveSupport, SpawnedUnit, StateUnit, StateUnits, UnitError, run_unit};
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -16,10 +16,7 @@ struct State {
     bytes: Vec<u8>,
 }
 
-impl prost::Name for State {
-    const NAME: &'static str = "State";
-    const PACKAGE: &'static str = "state_unit.transitions";
-}
+saved_state_root!(State, package = "state_unit.transitions");
 
 struct Unit {
     bytes: [u8; 64],

@@ -8,7 +8,8 @@ use save_restore::SavedStateBlob;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// One unit's saved state. A protobuf message, `state_unit.SavedStateUnit`.
+/// One unit's saved state. A protobuf message, `state_unit.SavedStateUnit`; the schema of saved state has it in
+/// `state_unit.proto`, and a test compares the two.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct SavedStateUnit {
     /// The unit's name.

@@ -1,7 +1,7 @@
 //! A scripted unit and the log that all units of a test write to.
 
 use inspect::{Inspect, Request};
-use save_restore::{RestoreError, SaveError, SavedStateBlob};
+use save_restore::{RestoreError, SaveError, SavedStateBlob, saved_state_root};
 use state_unit::{
     RequestReceiver, SaveSupport, SpawnedUnit, StateUnit, StateUnits, UnitError, UnitHandle, run_unit,
 };
@@ -26,10 +26,7 @@ pub struct CounterState {
     pub count: u64,
 }
 
-impl prost::Name for CounterState {
-    const NAME: &'static str = "CounterState";
-    const PACKAGE: &'static str = "state_unit.tests";
-}
+saved_state_root!(CounterState, package = "state_unit.tests");
 
 /// What happened, in order: `name operation` as a unit begins, `name operation!` as it ends well.
 pub type Log = Arc<Mutex<Vec<String>>>;

@@ -1,0 +1,21 @@
+//! What the protobuf compiler made of the schema.
+
+/// Everything in the schema, imports included, as an encoded `google.protobuf.FileDescriptorSet`: what tools need to read saved
+/// state (`protoc --descriptor_set_in`).
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin");
+
+/// The devices' messages, one module for each package.
+pub mod devices {
+    /// The keyboard controller, and system control port B beside it.
+    #[rustfmt::skip]
+    pub mod i8042; /// The I/O APIC.
+    #[rustfmt::skip]
+    pub mod ioapic; /// The real-time clock.
+    #[rustfmt::skip]
+    pub mod rtc; /// The serial port.
+    #[rustfmt::skip]
+    pub mod serial;
+}
+
+#[rustfmt::skip]
+pub(crate) mod roots;

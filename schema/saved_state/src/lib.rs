@@ -1,0 +1,30 @@
+//! The saved state of guestd's devices: its protobuf schema as generated code, and a registry of all of it.
+//!
+//! The `.proto` files stand beside this crate's manifest and are the format's documentation. A message is a type apart from
+//! the device's runtime type, and needs nothing of the device. The generated code is checked in; `tests/freshness.rs`
+//! compares it with what the compiler makes of the schema today, and `tests/frozen.rs` keeps what was released as it was.
+//!
+//! A message with the option `save_restore.saved_state_root` can be the whole state of a device: it is generated with
+//! [`SavedStateRoot`](save_restore::SavedStateRoot) and listed in [`saved_state_roots`], which reads a blob by the name that it
+//! carries:
+//!
+//! ```
+//! use guest_saved_state::devices::i8042::I8042State;
+//! use guest_saved_state::saved_state_roots;
+//! use save_restore::SavedStateBlob;
+//!
+//! let blob = SavedStateBlob::new(&I8042State { port_b: 0x13 });
+//! assert_eq!(blob.type_name(), "devices.i8042.I8042State");
+//!
+//! let text = saved_state_roots().describe(blob.type_name(), blob.value())?;
+//! assert_eq!(text, "port_b: 19");
+//! # Ok::<(), guest_saved_state::DescribeError>(())
+//! ```
+//!
+//! Limits: values are not checked here; what a device accepts is decided by the device.
+
+mod generated;
+mod registry;
+
+pub use generated::{FILE_DESCRIPTOR_SET, devices};
+pub use registry::{DescribeError, SavedStateRegistry, saved_state_roots};
