@@ -100,7 +100,7 @@ impl Guest {
     pub async fn state(&self) -> GuestState {
         let view = self.live.borrow().as_ref().map(|live| live.view.clone());
         let (vps, units) = match &view {
-            Some(view) => (view.vp_states(VP_STATE).await, view.units()),
+            Some(view) => (view.vp_states(VP_STATE).await, view.graph()),
             None => (Vec::new(), Vec::new()),
         };
         let uptime = self.started.get().map_or(self.ran.get(), |started| started.elapsed());
@@ -109,7 +109,11 @@ impl Guest {
             vps: vps.into_iter().map(observed).collect(),
             units: units
                 .into_iter()
-                .map(|unit| UnitStatus { name: unit.name, state: unit.state, depends_on: unit.depends_on })
+                .map(|unit| UnitStatus {
+                    name: unit.name.to_string(),
+                    state: unit.state.to_string(),
+                    depends_on: unit.dependencies.iter().map(ToString::to_string).collect(),
+                })
                 .collect(),
             uptime_us: u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX),
             resets: self.resets.get(),
