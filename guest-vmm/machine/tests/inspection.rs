@@ -26,7 +26,8 @@ const IMPATIENT: Duration = Duration::from_secs(1);
 
 const UNITS: [&str; 8] = ["memory", "partition", "ioapic", "serial", "rtc", "i8042", "acpi-power", "vps"];
 
-/// Says which VPs were asked to leave the guest.
+/// Says which VPs were asked to leave the guest. That is certain only for the first question to a VP that is there: one that
+/// is still on its way in, or just back, answers without being asked to leave.
 #[derive(Clone, Default)]
 struct Recording {
     options: ScriptedOptions,
@@ -242,10 +243,10 @@ async fn only_the_vps_on_the_path_are_asked() {
     assert_eq!(shallow.to_string(), "0: …\n1: …\n");
     assert_eq!(bench.hypervisor.take(), [0; 0], "nobody has left the guest");
 
-    assert_eq!(bench.look("vps/1/activity").await, text("waiting for SIPI"));
-    assert_eq!(bench.hypervisor.take(), [1]);
     assert_eq!(bench.look("vps/0/registers/cr0").await, hex(0x11));
     assert_eq!(bench.hypervisor.take(), [0]);
+    assert_eq!(bench.look("vps/1/activity").await, text("waiting for SIPI"));
+    assert!(!bench.hypervisor.take().contains(&0));
     bench.machine.destroy().await;
 }
 
@@ -254,21 +255,24 @@ async fn an_observer_sees_states_and_sizes_and_nothing_of_the_guests() {
     let (script, _) = spinning();
     let mut bench = Bench::new(&script).await;
     bench.start().await;
+    bench.hypervisor.take();
+    let hidden = ["vps/0/registers/rip", "units/memory/unit/boot/command_line", "units/rtc/unit/ram"];
+    for path in hidden {
+        assert_eq!(bench.observe(path).await, Node::NotFound, "{path}");
+    }
+    assert_eq!(bench.hypervisor.take(), [0; 0], "VP 0 was not even asked");
+    for path in hidden {
+        assert!(matches!(bench.look(path).await, Node::Value(_)), "{path}");
+    }
     let tree = bench.observe("").await;
     assert_eq!(unanswered(&tree, ""), [""; 0]);
     assert_eq!(names(at(&tree, "units")), UNITS);
     assert_eq!(at(&tree, "vps").to_string(), "0:\n  activity: running\n1:\n  activity: waiting for SIPI\n");
     assert_eq!(at(&tree, "units/memory/unit/bytes"), &Node::Value(MEMORY_BYTES.into()));
     let json = tree.to_json();
-    for hidden in ["registers", "secret", "command_line", "pins", "offset_seconds", "rip", "ram"] {
-        assert!(!json.contains(&format!("\"{hidden}")) && !json.contains("secret"), "{hidden} is in {json}");
+    for hidden in ["registers", "secret", "command_line", "pins", "offset_seconds", "rip", "ram\""] {
+        assert!(!json.contains(hidden), "{hidden} is in {json}");
     }
-    bench.hypervisor.take();
-    for path in ["vps/0/registers/rip", "units/memory/unit/boot/command_line", "units/rtc/unit/ram"] {
-        assert_eq!(bench.observe(path).await, Node::NotFound, "{path}");
-        assert_ne!(bench.look(path).await, Node::NotFound, "{path}");
-    }
-    assert_eq!(bench.hypervisor.take(), [0], "only for whom may see it");
     bench.machine.destroy().await;
 }
 
