@@ -1,5 +1,6 @@
 //! What became of a guest: kept for late subscribers, and never waited for.
 
+use crate::shown::micros;
 use guest_schema::guest_capnp::event_sink;
 use guest_schema::{Event, EventKind, Exit, Failure, Phase, TransitionEnd};
 use std::cell::{Cell, RefCell};
@@ -107,10 +108,6 @@ impl Ring {
         *position = event.sequence + 1;
         Some(Event { missed, ..event })
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// One subscriber's place in the log.

@@ -2,8 +2,10 @@
 
 use crate::events::EventLog;
 use crate::serial::SerialLog;
+use crate::shown;
 use devices::SerialInput;
-use guest_schema::{Exit, GuestState, Phase, UnitStatus, VpState};
+use guest_schema::{Exit, Failure, GuestError, GuestState, Phase, Transition, UnitStatus};
+use inspect::{Node, View};
 use machine::MachineView;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -13,6 +15,12 @@ use tokio::sync::watch;
 
 /// How long VPs may take to say what they are doing.
 const VP_STATE: Duration = Duration::from_millis(500);
+
+/// How long the parts of an inspection tree may take to show themselves.
+const INSPECTION: Duration = Duration::from_millis(500);
+
+/// How many levels of an inspection tree may be asked for.
+const MAX_DEPTH: u32 = 32;
 
 /// What becomes of the guests of a VMM, for whoever watches it.
 #[derive(Debug, Clone)]
@@ -117,7 +125,7 @@ impl Guest {
         let uptime = self.started.get().map_or(self.ran.get(), |started| started.elapsed());
         GuestState {
             phase: self.phase.get(),
-            vps: vps.into_iter().map(observed).collect(),
+            vps: vps.into_iter().map(shown::vp).collect(),
             units: self.units(),
             uptime_us: u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX),
             resets: self.resets.get(),
@@ -126,28 +134,32 @@ impl Guest {
 
     /// Its state units; none without a VM.
     pub fn units(&self) -> Vec<UnitStatus> {
-        let units = self.view().map(|view| view.units()).unwrap_or_default();
-        let status = |unit: machine::UnitView| UnitStatus {
-            name: unit.name,
-            state: unit.state,
-            depends_on: unit.depends_on,
-            waits_for: Vec::new(),
-        };
-        units.into_iter().map(status).collect()
+        let units = self.view().map(|view| view.graph()).unwrap_or_default();
+        units.iter().map(shown::unit).collect()
+    }
+
+    /// The latest passes over its state units; none without a VM.
+    pub fn timeline(&self) -> Vec<Transition> {
+        let passes = self.view().map(|view| view.timeline()).unwrap_or_default();
+        passes.iter().map(shown::transition).collect()
+    }
+
+    /// A node of its inspection tree.
+    pub async fn inspect(&self, path: &str, depth: u32, view: View) -> Result<Node, Failure> {
+        let machine = self.view().ok_or_else(|| {
+            Failure::new(GuestError::NotRunning, "the guest has ended, and its machine with it")
+        })?;
+        let depth = usize::try_from(depth.min(MAX_DEPTH)).unwrap_or(usize::MAX);
+        match machine.inspect(path, depth, view).finish(INSPECTION).await {
+            Node::NotFound => {
+                let detail = format!("path: there is no node {path:?} in the inspection tree");
+                Err(Failure::new(GuestError::BadConfig, detail))
+            }
+            node => Ok(node),
+        }
     }
 
     fn view(&self) -> Option<Arc<MachineView>> {
         self.live.borrow().as_ref().map(|live| live.view.clone())
-    }
-}
-
-fn observed(state: machine::VpActivity) -> VpState {
-    match state {
-        machine::VpActivity::Stopped => VpState::Stopped,
-        machine::VpActivity::Running => VpState::Running,
-        machine::VpActivity::Halted => VpState::Halted,
-        machine::VpActivity::WaitForSipi => VpState::WaitForSipi,
-        machine::VpActivity::Failed => VpState::Failed,
-        machine::VpActivity::Unanswered => VpState::Unanswered,
     }
 }

@@ -15,6 +15,7 @@ mod guest;
 mod platform;
 mod rpc;
 mod serial;
+mod shown;
 mod vm;
 
 pub use platform::{Platform, UnknownPlatform};

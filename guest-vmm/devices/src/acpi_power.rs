@@ -5,6 +5,7 @@
 //! wake.
 
 use crate::ByteRegisters;
+use inspect::{Inspect, Request};
 use processor::PowerRequest;
 use std::ops::ControlFlow;
 
@@ -55,16 +56,33 @@ impl ByteRegisters for AcpiPower {
     fn reset(&mut self) {}
 }
 
+/// Shows what is built into the registers: they keep nothing.
+impl Inspect for AcpiPower {
+    fn inspect(&self, request: Request<'_>) {
+        request
+            .respond()
+            .field("ports", &Self::PORTS)
+            .hex("sleep_type_s5", Self::SLEEP_TYPE_S5)
+            .hex("reset_value", Self::RESET_VALUE);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::IoDevice;
+    use crate::inspected::observed;
 
     #[test]
     fn s5_with_sleep_enable_powers_off() {
         // What Linux writes: the type first, then the type with SLP_EN.
         assert_eq!(AcpiPower.write(0, &[0x14]), ControlFlow::Continue(()));
         assert_eq!(AcpiPower.write(0, &[0x34]), ControlFlow::Break(PowerRequest::PowerOff));
+    }
+
+    #[test]
+    fn nothing_of_it_is_the_guests() {
+        assert_eq!(observed(&mut AcpiPower).to_string(), "ports: 3\nsleep_type_s5: 0x5\nreset_value: 0x1\n");
     }
 
     #[test]

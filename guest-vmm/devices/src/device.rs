@@ -1,5 +1,6 @@
 //! What a device is to the bus.
 
+use inspect::InspectMut;
 use processor::PowerRequest;
 use std::ops::ControlFlow;
 
@@ -52,7 +53,9 @@ impl<T: ByteRegisters> IoDevice for T {
 /// A device of a machine, which starts and stops with the guest.
 ///
 /// Stopped, it does nothing of its own: no interrupt, no byte to the guest. It answers accesses all the same.
-pub trait Device: IoDevice {
+///
+/// It shows its registers at any time. That must not change what the guest reads, and answers at once: nothing is deferred.
+pub trait Device: IoDevice + InspectMut {
     /// Begins to act of its own. Called only while stopped.
     fn start(&mut self);
 

@@ -9,6 +9,7 @@
 //! runs into a time-out of half a second for each command.
 
 use crate::ByteRegisters;
+use inspect::{Inspect, Request};
 use processor::PowerRequest;
 use std::ops::ControlFlow;
 
@@ -42,8 +43,25 @@ impl I8042 {
 
     /// Port B, whose refresh bit toggles as memory refresh made it do: guests count it to wait.
     fn read_port_b(&mut self) -> u8 {
+        let value = self.port_b();
         self.port_b ^= PORT_B_REFRESH;
-        self.port_b | PORT_B_TIMER2_OUT
+        value
+    }
+
+    /// What port B reads next.
+    fn port_b(&self) -> u8 {
+        (self.port_b ^ PORT_B_REFRESH) | PORT_B_TIMER2_OUT
+    }
+}
+
+/// Shows the registers as the guest would read them next. There is no output: nobody types.
+impl Inspect for I8042 {
+    fn inspect(&self, request: Request<'_>) {
+        request.respond().field("keyboard", &false).sensitive(|response| {
+            response.child("registers", |request| {
+                request.respond().hex("status", STATUS_OUTPUT_FULL).hex("port_b", self.port_b());
+            });
+        });
     }
 }
 
@@ -75,11 +93,25 @@ impl ByteRegisters for I8042 {
 mod tests {
     use super::*;
     use crate::IoDevice;
+    use crate::inspected::{hex, inspected, observed};
 
     fn read(device: &mut I8042, offset: u64) -> u8 {
         let mut data = [0];
         device.read(offset, &mut data);
         data[0]
+    }
+
+    #[test]
+    fn it_shows_what_a_guest_reads_next_and_does_not_tick() {
+        let mut device = I8042::new();
+        assert_eq!(device.write(1, &[0x03]), ControlFlow::Continue(()));
+        for _ in 0..3 {
+            let shown = [0, 1].map(|_| inspected(&mut device, "registers/port_b"));
+            let next = read(&mut device, 1);
+            assert_eq!(shown, [hex(next), hex(next)]);
+        }
+        assert_eq!(inspected(&mut device, "registers/status"), hex(read(&mut device, 4)));
+        assert_eq!(observed(&mut device).to_string(), "keyboard: false\n");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! no 8259.
 
 use crate::IoDevice;
+use inspect::{Inspect, Request};
 use processor::{MsiRequest, PowerRequest};
 use std::fmt;
 use std::ops::ControlFlow;
@@ -43,8 +44,23 @@ const DELIVERY_SMI: u64 = 2;
 const DELIVERY_NMI: u64 = 4;
 const DELIVERY_INIT: u64 = 5;
 
+const DELIVERY_EXT_INT: u64 = 7;
+
 /// The vectors below are the architecture's own: a local APIC refuses them.
 const FIRST_VECTOR: u8 = 16;
+
+/// The names of 82093AA, 3.2.4.
+fn delivery_mode_name(mode: u64) -> &'static str {
+    match mode {
+        DELIVERY_FIXED => "fixed",
+        DELIVERY_LOWEST_PRIORITY => "lowest priority",
+        DELIVERY_SMI => "SMI",
+        DELIVERY_NMI => "NMI",
+        DELIVERY_INIT => "INIT",
+        DELIVERY_EXT_INT => "ExtINT",
+        _ => "reserved",
+    }
+}
 
 /// Where the IOAPIC's messages go. Called with the IOAPIC's lock held: must not block, and must not call back.
 pub trait IoApicRouting: Send + Sync {
@@ -64,6 +80,7 @@ struct Redirection(u64);
 impl Redirection {
     const LOGICAL: u64 = 1 << 11;
     const DELIVERY_STATUS: u64 = 1 << 12;
+    const ACTIVE_LOW: u64 = 1 << 13;
     const REMOTE_IRR: u64 = 1 << 14;
     const LEVEL: u64 = 1 << 15;
     const MASKED: u64 = 1 << 16;
@@ -85,6 +102,10 @@ impl Redirection {
 
     fn delivery_mode(self) -> u64 {
         (self.0 >> 8) & 0b111
+    }
+
+    fn destination(self) -> u8 {
+        (self.0 >> Self::DESTINATION_SHIFT) as u8
     }
 
     /// Whether the pin is level-triggered. Only fixed and lowest-priority interrupts can be: the others are edges by definition.
@@ -112,7 +133,7 @@ impl Redirection {
             DELIVERY_SMI | DELIVERY_NMI | DELIVERY_INIT => 0,
             _ => return None,
         };
-        let mut address = MESSAGE_BASE | ((self.0 >> Self::DESTINATION_SHIFT) << 12);
+        let mut address = MESSAGE_BASE | (u64::from(self.destination()) << 12);
         if self.has(Self::LOGICAL) {
             address |= MESSAGE_LOGICAL;
         }
@@ -126,6 +147,23 @@ impl Redirection {
             data |= MESSAGE_LEVEL_TRIGGERED | MESSAGE_ASSERT;
         }
         Some(MsiRequest { address, data })
+    }
+}
+
+/// Shows the entry as it stands, field by field, whether or not the fields go together.
+impl Inspect for Redirection {
+    fn inspect(&self, request: Request<'_>) {
+        let either = |bit, set: &'static str, clear: &'static str| if self.has(bit) { set } else { clear };
+        request
+            .respond()
+            .hex("vector", self.vector())
+            .field("delivery_mode", delivery_mode_name(self.delivery_mode()))
+            .field("destination_mode", either(Self::LOGICAL, "logical", "physical"))
+            .hex("destination", self.destination())
+            .field("polarity", either(Self::ACTIVE_LOW, "active low", "active high"))
+            .field("trigger", either(Self::LEVEL, "level", "edge"))
+            .field("remote_irr", &self.has(Self::REMOTE_IRR))
+            .field("masked", &self.has(Self::MASKED));
     }
 }
 
@@ -143,6 +181,18 @@ impl Pin {
     fn wanted_route(&self) -> Option<MsiRequest> {
         let idle = self.entry.has(Redirection::MASKED) && !self.entry.has(Redirection::REMOTE_IRR);
         if idle { None } else { self.entry.message() }
+    }
+}
+
+/// Shows the line, what the guest has made of the pin, and whether the routing has a message for it.
+impl Inspect for Pin {
+    fn inspect(&self, request: Request<'_>) {
+        request
+            .respond()
+            .field("asserted", &self.asserted)
+            .field("routed", &self.route.is_some())
+            .hex("entry", self.entry.0)
+            .field("redirection", &self.entry);
     }
 }
 
@@ -252,6 +302,18 @@ impl IoApic {
     }
 }
 
+/// Shows the registers, and each pin below `pins`.
+impl Inspect for IoApic {
+    fn inspect(&self, request: Request<'_>) {
+        request.respond().field("pin_count", &PIN_COUNT).hex("version", VERSION).sensitive(|response| {
+            response
+                .field_with("id", || self.id >> ID_SHIFT)
+                .hex("selected_register", self.select)
+                .field("pins", &self.pins[..]);
+        });
+    }
+}
+
 /// The pin whose entry a register belongs to, and the bit at which the register's half of it begins.
 fn table_position(register: u8) -> Option<(u8, u32)> {
     let index = register.checked_sub(REGISTER_TABLE)?;
@@ -323,6 +385,8 @@ impl IrqLine {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::inspected::{inspected, observed};
+    use inspect::Node;
 
     /// What the routing was told.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -525,6 +589,49 @@ pub(crate) mod tests {
         IoDevice::reset(&mut *ioapic.lock().unwrap());
         assert_eq!(recorder.take(), [Told::Route(4, None)]);
         assert_eq!(driver.entry(4), MASKED);
+    }
+
+    #[test]
+    fn it_shows_each_pin() {
+        let (ioapic, _) = ioapic();
+        let (driver, line) = (Driver(ioapic.clone()), IrqLine::new(ioapic.clone(), 10).unwrap());
+        driver.write(REGISTER_ID, 0x0300_0000);
+        driver.set_entry(10, 0x0700_0000_0000_2951 | LEVEL);
+        line.set_level(true);
+        let mut ioapic = ioapic.lock().unwrap();
+        let pin = "asserted: true\nrouted: true\nentry: 0x70000000000e951\nredirection:\n  vector: 0x51\n  \
+                   delivery_mode: lowest priority\n  destination_mode: logical\n  destination: 0x7\n  \
+                   polarity: active low\n  trigger: level\n  remote_irr: true\n  masked: false\n";
+        assert_eq!(inspected(&mut *ioapic, "pins/10").to_string(), pin);
+        let untouched = inspected(&mut *ioapic, "pins/1").to_string();
+        for line in
+            ["asserted: false", "routed: false", "entry: 0x10000", "  masked: true", "  trigger: edge"]
+        {
+            assert!(untouched.lines().any(|found| found == line), "{line} is not in {untouched}");
+        }
+        let Some(Node::Children(pins)) = inspected(&mut *ioapic, "").child("pins").cloned() else {
+            panic!("no pins");
+        };
+        assert_eq!(pins.len(), usize::from(PIN_COUNT));
+        assert_eq!(inspected(&mut *ioapic, "pins/24"), Node::NotFound);
+        assert_eq!(inspected(&mut *ioapic, "id").to_string(), "3\n");
+        assert_eq!(inspected(&mut *ioapic, "selected_register").to_string(), "0x24\n");
+    }
+
+    #[test]
+    fn looking_at_it_sends_nothing_and_selects_nothing() {
+        let (ioapic, recorder) = ioapic();
+        let driver = Driver(ioapic.clone());
+        driver.set_entry(4, 0x34);
+        recorder.take();
+        let before = format!("{:?}", ioapic.lock().unwrap());
+        inspected(&mut *ioapic.lock().unwrap(), "");
+        assert_eq!((recorder.take(), format!("{:?}", ioapic.lock().unwrap())), (vec![], before));
+        let mut selected = [0; 4];
+        ioapic.lock().unwrap().read(SELECT, &mut selected);
+        assert_eq!(selected, [REGISTER_TABLE + 8, 0, 0, 0]);
+        let plain = observed(&mut *ioapic.lock().unwrap());
+        assert_eq!(plain.to_string(), "pin_count: 24\nversion: 0x20\n");
     }
 
     #[test]

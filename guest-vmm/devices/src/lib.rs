@@ -4,6 +4,9 @@
 //! addresses, and owns nothing but its registers: interrupts leave through an [`IrqLine`] into the [`IoApic`], whose messages
 //! leave through [`IoApicRouting`]; bytes leave through a [`SerialOutput`].
 //!
+//! A device shows itself in the inspection tree. What its registers hold is the guest's own and marked as sensitive. They are
+//! shown as a guest would read them next, and never read on the guest's way: looking at a device changes nothing.
+//!
 //! Limits: one IOAPIC with 24 pins, whose messages reach the local APICs 0 to 254; one serial port; no interrupt from the RTC.
 
 mod acpi_power;
@@ -11,6 +14,8 @@ mod device;
 #[cfg(test)]
 mod hostile_access;
 mod i8042;
+#[cfg(test)]
+mod inspected;
 mod ioapic;
 mod rtc;
 mod serial;

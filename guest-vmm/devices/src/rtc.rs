@@ -7,6 +7,7 @@
 //! daylight saving is stored and ignored; years 1970 to 9999.
 
 use crate::ByteRegisters;
+use inspect::{Inspect, Request};
 use processor::PowerRequest;
 use std::fmt;
 use std::ops::ControlFlow;
@@ -19,8 +20,11 @@ const DATA: u64 = 1;
 const INDEX_MASK: u8 = 0x7f;
 
 const SECONDS: u8 = 0x00;
+const ALARM_SECONDS: u8 = 0x01;
 const MINUTES: u8 = 0x02;
+const ALARM_MINUTES: u8 = 0x03;
 const HOURS: u8 = 0x04;
+const ALARM_HOURS: u8 = 0x05;
 const WEEKDAY: u8 = 0x06;
 const DAY: u8 = 0x07;
 const MONTH: u8 = 0x08;
@@ -29,11 +33,14 @@ const STATUS_A: u8 = 0x0a;
 const STATUS_B: u8 = 0x0b;
 const STATUS_C: u8 = 0x0c;
 const STATUS_D: u8 = 0x0d;
+/// Where the RAM begins that the clock has no use for, but for the century.
+const RAM: u8 = 0x0e;
 const CENTURY: u8 = 0x32;
 
 const A_UPDATE_IN_PROGRESS: u8 = 1 << 7;
 /// The time base of a 32768 Hz crystal, and the rate that PC firmware sets.
 const A_RESET: u8 = 0x26;
+const A_RATE: u8 = 0x0f;
 const B_SET: u8 = 1 << 7;
 const B_BINARY: u8 = 1 << 2;
 const B_24_HOURS: u8 = 1 << 1;
@@ -101,6 +108,14 @@ impl Calendar {
         let second = i64::from(self.hours) * 3600 + i64::from(self.minutes) * 60 + i64::from(self.seconds);
         let time = days * SECONDS_PER_DAY + second;
         (in_range && (0..=LAST_SECOND).contains(&time)).then_some(time)
+    }
+}
+
+/// ISO 8601, in UTC.
+impl fmt::Display for Calendar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { year, month, day, weekday: _, hours, minutes, seconds } = self;
+        write!(f, "{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}Z")
     }
 }
 
@@ -176,9 +191,14 @@ impl Rtc {
     }
 
     fn read_register(&mut self, index: u8) -> u8 {
+        if index == STATUS_C { self.acknowledge() } else { self.peek(index) }
+    }
+
+    /// What a register reads next.
+    fn peek(&self, index: u8) -> u8 {
         match index {
             STATUS_A => self.status_a(),
-            STATUS_C => self.status_c(),
+            STATUS_C => self.status_c(self.now()),
             STATUS_D => D_VALID,
             _ if is_time(index) && !self.set_mode() => self.show(index, &Calendar::from_unix(self.now())),
             _ => self.ram[usize::from(index)],
@@ -192,10 +212,33 @@ impl Rtc {
     }
 
     /// Says whether the time has moved on since the register was read last: guests poll it to meet a second's beginning.
-    fn status_c(&mut self) -> u8 {
+    fn status_c(&self, now: i64) -> u8 {
+        if now == self.acknowledged || self.set_mode() { 0 } else { C_UPDATE_ENDED }
+    }
+
+    /// Status C, which reading clears.
+    fn acknowledge(&mut self) -> u8 {
         let now = self.now();
-        let before = std::mem::replace(&mut self.acknowledged, now);
-        if now == before || self.set_mode() { 0 } else { C_UPDATE_ENDED }
+        let value = self.status_c(now);
+        self.acknowledged = now;
+        value
+    }
+
+    /// The rate that is set for the periodic interrupt, in Hz, with the time base of 32768 Hz (MC146818A, table 5).
+    fn periodic_rate(&self) -> Option<u32> {
+        match self.ram[usize::from(STATUS_A)] & A_RATE {
+            0 => None,
+            // The two fastest rates are not of this time base; they stand for two slow ones.
+            rate @ (1 | 2) => Some(256 >> (rate - 1)),
+            rate => Some(32_768 >> (rate - 1)),
+        }
+    }
+
+    fn inspect_registers(&self, request: Request<'_>) {
+        let mut response = request.respond();
+        for (name, index) in SHOWN_REGISTERS {
+            response.hex(name, self.peek(index));
+        }
     }
 
     fn write_register(&mut self, index: u8, value: u8) {
@@ -300,6 +343,41 @@ fn is_time(index: u8) -> bool {
     TIME_REGISTERS.contains(&index)
 }
 
+const SHOWN_REGISTERS: [(&str, u8); 15] = [
+    ("seconds", SECONDS),
+    ("minutes", MINUTES),
+    ("hours", HOURS),
+    ("weekday", WEEKDAY),
+    ("day", DAY),
+    ("month", MONTH),
+    ("year", YEAR),
+    ("century", CENTURY),
+    ("alarm_seconds", ALARM_SECONDS),
+    ("alarm_minutes", ALARM_MINUTES),
+    ("alarm_hours", ALARM_HOURS),
+    ("status_a", STATUS_A),
+    ("status_b", STATUS_B),
+    ("status_c", STATUS_C),
+    ("status_d", STATUS_D),
+];
+
+/// Shows the host's time and, as the guest's own, its time, what it has set, and the registers as it would read them next.
+impl Inspect for Rtc {
+    fn inspect(&self, request: Request<'_>) {
+        let host = || Calendar::from_unix(self.now().saturating_sub(self.offset)).to_string();
+        request.respond().field_with("host_time", host).sensitive(|response| {
+            response
+                .field_with("time", || Calendar::from_unix(self.now()).to_string())
+                .field("offset_seconds", &self.offset)
+                .field_with("stopped", || self.set_mode())
+                .field("periodic_rate_hz", &self.periodic_rate())
+                .hex("selected_register", self.index)
+                .child("registers", |request| self.inspect_registers(request))
+                .field_with("ram", || (RAM..=INDEX_MASK).map(|index| self.peek(index)).collect::<Vec<u8>>());
+        });
+    }
+}
+
 impl ByteRegisters for Rtc {
     fn read_byte(&mut self, offset: u64) -> u8 {
         // The index cannot be read back on a PC.
@@ -326,6 +404,7 @@ impl ByteRegisters for Rtc {
 mod tests {
     use super::*;
     use crate::IoDevice;
+    use crate::inspected::{hex, inspected, observed};
     use proptest::prelude::*;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -405,6 +484,52 @@ mod tests {
         assert_eq!(read(&mut rtc, STATUS_C), 0);
         hand.set(LEAP_DAY + 1, 0);
         assert_eq!(read(&mut rtc, STATUS_C), C_UPDATE_ENDED);
+    }
+
+    #[test]
+    fn it_shows_what_a_guest_reads_next() {
+        let (mut rtc, _) = rtc();
+        write(&mut rtc, ALARM_HOURS, 0x07);
+        write(&mut rtc, 0x40, 0x5a);
+        write(&mut rtc, CENTURY, 0x21);
+        let registers = inspected(&mut rtc, "registers");
+        for (name, index) in SHOWN_REGISTERS {
+            assert_eq!(registers.child(name), Some(&hex(read(&mut rtc, index))), "{name}");
+        }
+        assert_eq!(registers.child("alarm_hours"), Some(&hex(0x07_u8)));
+        let ram = inspected(&mut rtc, "ram").to_string();
+        assert_eq!((ram.trim().len(), &ram[(0x40 - 0x0e) * 2..][..2]), (114 * 2, "5a"));
+        assert_eq!(&ram[(0x32 - 0x0e) * 2..][..2], "21");
+        assert_eq!(inspected(&mut rtc, "time").to_string(), "2124-02-29T23:59:58Z\n");
+        assert_eq!(inspected(&mut rtc, "selected_register"), hex(STATUS_D));
+    }
+
+    #[test]
+    fn looking_at_it_acknowledges_no_update() {
+        let (mut rtc, _) = rtc();
+        for _ in 0..2 {
+            assert_eq!(inspected(&mut rtc, "registers/status_c"), hex(C_UPDATE_ENDED));
+        }
+        assert_eq!(read(&mut rtc, STATUS_C), C_UPDATE_ENDED);
+        assert_eq!(inspected(&mut rtc, "registers/status_c"), hex(0_u8));
+    }
+
+    #[test]
+    fn it_shows_the_rate_that_is_set() {
+        let (mut rtc, _) = rtc();
+        for (rate, shown) in
+            [(0, "none\n"), (1, "256\n"), (2, "128\n"), (3, "8192\n"), (6, "1024\n"), (15, "2\n")]
+        {
+            write(&mut rtc, STATUS_A, 0x20 | rate);
+            assert_eq!(inspected(&mut rtc, "periodic_rate_hz").to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn the_hosts_time_alone_is_not_the_guests() {
+        let (mut rtc, _) = rtc();
+        write(&mut rtc, CENTURY, 0x21);
+        assert_eq!(observed(&mut rtc).to_string(), "host_time: 2024-02-29T23:59:58Z\n");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! Limits: no modem, no line errors, no speed; writes take no time.
 
 use crate::{ByteRegisters, Device, IrqLine};
+use inspect::{Inspect, Request};
 use processor::PowerRequest;
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -37,6 +38,7 @@ const IER_RECEIVED: u8 = 1 << 0;
 const IIR_SOURCE: u8 = 0x0f;
 const IIR_TRANSMITTER_EMPTY: u8 = 0x02;
 const IIR_RECEIVED: u8 = 0x04;
+const IIR_FIFO_ENABLED: u8 = 0xc0;
 const LCR_DIVISOR_LATCH: u8 = 1 << 7;
 const MCR_LOOPBACK: u8 = 1 << 4;
 
@@ -157,17 +159,42 @@ impl SerialPort {
     /// The interrupt identification register with received data reported for as long as there is some (PC16550D, table IV).
     fn read_identification(&mut self) -> u8 {
         let value = self.uart.read(INTERRUPT_IDENTIFICATION);
-        let divisor_latch = self.has(LINE_CONTROL, LCR_DIVISOR_LATCH);
-        // With the divisor latch open the enable register cannot be reached; nobody handles interrupts then.
-        if divisor_latch || self.received() == 0 || !self.has(INTERRUPT_ENABLE, IER_RECEIVED) {
+        let (line_control, enabled) = (self.uart.read(LINE_CONTROL), self.uart.read(INTERRUPT_ENABLE));
+        if !self.reports_received(line_control, enabled) {
             return value;
         }
         if value & IIR_TRANSMITTER_EMPTY != 0 {
             // Two sources were pending and the read has forgotten both. Only the reported one may be: raise the other again.
-            let enabled = self.uart.read(INTERRUPT_ENABLE);
             self.write_uart(INTERRUPT_ENABLE, enabled);
         }
         (value & !IIR_SOURCE) | IIR_RECEIVED
+    }
+
+    /// Whether received data is the source that the interrupt identification register has to name.
+    fn reports_received(&self, line_control: u8, interrupt_enable: u8) -> bool {
+        // With the divisor latch open the enable register cannot be reached; nobody handles interrupts then.
+        let reachable = line_control & LCR_DIVISOR_LATCH == 0;
+        reachable && self.received() != 0 && interrupt_enable & IER_RECEIVED != 0
+    }
+
+    /// The registers, from the model's copy of its state: reading them as the guest does would clear some.
+    fn inspect_registers(&self, request: Request<'_>) {
+        let state = self.uart.state();
+        let divisor = u16::from_le_bytes([state.baud_divisor_low, state.baud_divisor_high]);
+        let mut identification = state.interrupt_identification | IIR_FIFO_ENABLED;
+        if self.reports_received(state.line_control, state.interrupt_enable) {
+            identification = (identification & !IIR_SOURCE) | IIR_RECEIVED;
+        }
+        request
+            .respond()
+            .hex("ier", state.interrupt_enable)
+            .hex("iir", identification)
+            .hex("lcr", state.line_control)
+            .hex("mcr", state.modem_control)
+            .hex("lsr", state.line_status)
+            .hex("msr", state.modem_status)
+            .hex("scr", state.scratch)
+            .hex("divisor", divisor);
     }
 
     fn write_uart(&mut self, register: u8, value: u8) {
@@ -232,6 +259,23 @@ impl ByteRegisters for SerialPort {
     }
 }
 
+/// Shows how much input waits where and, as the guest's own, the registers as it would read them next; `msr` as it is out of
+/// loopback.
+impl Inspect for SerialPort {
+    fn inspect(&self, request: Request<'_>) {
+        request
+            .respond()
+            .field("running", &self.running)
+            .field_with("queued_bytes", || self.queue.len())
+            .field("queue_capacity", &INPUT_CAPACITY)
+            .field_with("fifo_bytes", || self.received())
+            .field_with("waiting_senders", || self.waiting.len())
+            .sensitive(|response| {
+                response.child("registers", |request| self.inspect_registers(request));
+            });
+    }
+}
+
 /// The host's end of a serial port's input. Does not keep the port.
 #[derive(Debug, Clone)]
 pub struct SerialInput(Weak<Mutex<SerialPort>>);
@@ -273,6 +317,7 @@ impl Drop for SerialPort {
 mod tests {
     use super::*;
     use crate::IoDevice;
+    use crate::inspected::{hex, inspected, observed};
     use crate::ioapic::tests::{Driver, Recorder, ioapic};
     use futures::FutureExt;
     use futures::task::{ArcWake, noop_waker, waker};
@@ -451,6 +496,30 @@ mod tests {
         assert_eq!(got, sent);
     }
 
+    /// The registers by the names of the datasheet, without the divisor latch.
+    const SHOWN: [(&str, u64); 7] =
+        [("ier", 1), ("iir", 2), ("lcr", 3), ("mcr", 4), ("lsr", 5), ("msr", 6), ("scr", 7)];
+
+    #[test]
+    fn it_shows_its_registers_and_what_is_queued() {
+        let board = Board::new();
+        board.write(3, LCR_DIVISOR_LATCH);
+        board.write(0, 0x0c);
+        board.write(1, 0x01);
+        board.write(3, 0x03);
+        board.write(1, IER_RECEIVED);
+        board.write(7, 0x5a);
+        board.push(&bytes(FIFO_BYTES + 9));
+        let shown = inspected(&mut *board.port.lock().unwrap(), "").to_string();
+        let lines =
+            ["running: true", "queued_bytes: 9", "fifo_bytes: 64", "  ier: 0x1", "  iir: 0xc4", "  lcr: 0x3"];
+        for line in lines.into_iter().chain(["  scr: 0x5a", "  divisor: 0x10c", "  lsr: 0x61"]) {
+            assert!(shown.lines().any(|found| found == line), "{line} is not in {shown}");
+        }
+        let plain = observed(&mut *board.port.lock().unwrap()).to_string();
+        assert!(plain.contains("queued_bytes: 9") && !plain.contains("registers"), "{plain}");
+    }
+
     #[test]
     fn a_stopped_port_holds_input_back() {
         let board = Board::new();
@@ -502,6 +571,27 @@ mod tests {
     }
 
     proptest! {
+        /// What is shown is what the guest reads next, and looking twice changes neither.
+        #[test]
+        fn registers_are_shown_as_they_are_read_next(
+            writes in prop::collection::vec((0u64..8, any::<u8>()), 0..30),
+            input in 0usize..100,
+        ) {
+            let board = Board::new();
+            board.push(&bytes(input));
+            for (register, value) in writes {
+                // The divisor latch hides a register, loopback another; the others are for the guest to set.
+                let kept = match register { 3 => value & !LCR_DIVISOR_LATCH, 4 => value & !MCR_LOOPBACK, _ => value };
+                board.write(register, kept);
+            }
+            for (name, register) in SHOWN {
+                let path = format!("registers/{name}");
+                let shown = [0, 1].map(|_| inspected(&mut *board.port.lock().unwrap(), &path));
+                let read = board.read(register);
+                prop_assert_eq!(&shown, &[hex(read), hex(read)], "{}", name);
+            }
+        }
+
         /// Whatever a guest does besides reading, each byte comes out once and in order.
         #[test]
         fn input_survives_a_guest_that_pokes_around(

@@ -7,6 +7,15 @@ use std::pin::Pin;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
+/// How much of the tree an inspection may see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum View {
+    /// All of it.
+    Everything,
+    /// Only what its components have not marked as sensitive ([`Response::sensitive`](crate::Response::sensitive)).
+    WithoutSensitive,
+}
+
 /// An inspection under way: the parts that could be computed at once, and the deferred ones still to come.
 #[derive(Debug)]
 #[must_use = "finish() gives the tree"]
@@ -16,10 +25,10 @@ pub struct Inspection {
 
 impl Inspection {
     /// Asks `component` for what is at `path` (segments joined by `/`, empty for the component itself), with `depth`
-    /// levels of children below it.
-    pub fn start(path: &str, depth: usize, component: impl FnOnce(Request<'_>)) -> Self {
+    /// levels of children below it, as far as `view` allows.
+    pub fn start(path: &str, depth: usize, view: View, component: impl FnOnce(Request<'_>)) -> Self {
         let mut slot = Slot::Unanswered;
-        component(Request::new(path, depth, &mut slot));
+        component(Request::new(path, depth, view, &mut slot));
         Self { slot }
     }
 

@@ -5,6 +5,11 @@
 //! [`Deferred`] that another task or thread answers later. A request carries a path and a depth, so that a child nobody
 //! asked for is never computed: its closure is not called.
 //!
+//! Some of what a component holds may be none of the business of everybody who may look at the component. Such children
+//! are marked as sensitive ([`Response::sensitive`]), and an inspection is started with the [`View`] of whoever asks.
+//! Without sensitive parts, these are neither computed nor mentioned. The view travels with the request, also when that
+//! is deferred: no component decides by whom it is seen.
+//!
 //! [`Inspection`] asks such a question from outside. [`Inspection::finish`] waits for the deferred parts up to one
 //! deadline and gives the finished tree, a [`Node`]; parts that are late show as [`Node::Unanswered`], and delay
 //! nothing but the end of their own inspection.
@@ -12,22 +17,28 @@
 //! Limits: nodes are read-only; a name is the path segment up to the next `/`, or any name that the path begins with.
 //!
 //! ```
-//! use inspect::{Inspect, Inspection, Request};
+//! use inspect::{Inspect, Inspection, Request, View};
 //!
 //! struct Timer { armed: bool, base: u64 }
 //!
 //! impl Inspect for Timer {
 //!     fn inspect(&self, request: Request<'_>) {
-//!         request.respond().field("armed", &self.armed).hex("base", self.base);
+//!         request.respond().field("armed", &self.armed).sensitive(|response| {
+//!             response.hex("base", self.base);
+//!         });
 //!     }
 //! }
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() {
 //! let timer = Timer { armed: true, base: 0xfed0_0000 };
-//! let node = Inspection::start("", 1, |request| timer.inspect(request)).finish(std::time::Duration::from_secs(1)).await;
+//! let ask = |view| Inspection::start("", 1, view, |request| timer.inspect(request));
+//! let node = ask(View::Everything).finish(std::time::Duration::from_secs(1)).await;
 //! assert_eq!(node.to_string(), "armed: true\nbase: 0xfed00000\n");
 //! assert_eq!(node.to_json(), r#"{"armed":true,"base":4275044352}"#);
+//!
+//! let node = ask(View::WithoutSensitive).finish(std::time::Duration::from_secs(1)).await;
+//! assert_eq!(node.to_string(), "armed: true\n");
 //! # }
 //! ```
 
@@ -37,7 +48,7 @@ mod node;
 mod request;
 
 pub use implementations::Hex;
-pub use inspection::Inspection;
+pub use inspection::{Inspection, View};
 pub use node::{Node, Value};
 pub use request::{Deferred, Request, Response};
 

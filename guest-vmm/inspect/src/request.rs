@@ -3,7 +3,7 @@
 //! A request points to the slot that its answer goes into. While the path is not yet walked to its end, a response lets
 //! only the matching child through, with the same slot; at the end of the path it gives each child a slot of its own.
 
-use crate::{Inspect, InspectMut, Value};
+use crate::{Inspect, InspectMut, Value, View};
 use tokio::sync::oneshot;
 
 /// A node that may still wait for its answer.
@@ -17,19 +17,21 @@ pub(crate) enum Slot {
     Deferred(oneshot::Receiver<Slot>),
 }
 
-/// A question to one component: the rest of the path, and how many levels of children to show below its end.
+/// A question to one component: the rest of the path, how many levels of children to show below its end, and whether
+/// whoever asks may see what is sensitive.
 #[derive(Debug)]
 #[must_use = "a request that is dropped shows as unanswered"]
 pub struct Request<'a> {
     path: &'a str,
     depth: usize,
+    view: View,
     slot: &'a mut Slot,
 }
 
 impl<'a> Request<'a> {
-    pub(crate) fn new(path: &'a str, depth: usize, slot: &'a mut Slot) -> Self {
+    pub(crate) fn new(path: &'a str, depth: usize, view: View, slot: &'a mut Slot) -> Self {
         *slot = Slot::Unanswered;
-        Self { path: path.trim_matches('/'), depth, slot }
+        Self { path: path.trim_matches('/'), depth, view, slot }
     }
 
     /// Answers with one value; if the path goes on below it, with "not found".
@@ -44,14 +46,14 @@ impl<'a> Request<'a> {
             ("", _) => Slot::Children(Vec::new()),
             _ => Slot::NotFound,
         };
-        Response { path: self.path, depth: self.depth, slot: self.slot, matched: false }
+        Response { path: self.path, depth: self.depth, view: self.view, slot: self.slot, matched: false }
     }
 
     /// Takes the question away, to be answered by another task or thread. Dropped, it shows as unanswered.
     pub fn defer(self) -> Deferred {
         let (sender, receiver) = oneshot::channel();
         *self.slot = Slot::Deferred(receiver);
-        Deferred { path: self.path.to_owned(), depth: self.depth, sender }
+        Deferred { path: self.path.to_owned(), depth: self.depth, view: self.view, sender }
     }
 }
 
@@ -60,6 +62,7 @@ impl<'a> Request<'a> {
 pub struct Response<'a> {
     path: &'a str,
     depth: usize,
+    view: View,
     slot: &'a mut Slot,
     matched: bool,
 }
@@ -96,8 +99,18 @@ impl Response<'_> {
             self.walk(name, answer);
         } else if let Slot::Children(children) = &mut *self.slot {
             let mut slot = Slot::Unanswered;
-            answer(Request::new("", self.depth - 1, &mut slot));
+            answer(Request::new("", self.depth - 1, self.view, &mut slot));
             children.push((name.to_owned(), slot));
+        }
+        self
+    }
+
+    /// Children that are sensitive: `answer` adds them, and is called only if whoever asks may see them. For everybody
+    /// else they do not exist: they are absent, and a path to one of them leads nowhere.
+    pub fn sensitive(&mut self, answer: impl FnOnce(&mut Self)) -> &mut Self {
+        match self.view {
+            View::Everything => answer(self),
+            View::WithoutSensitive => {}
         }
         self
     }
@@ -107,7 +120,7 @@ impl Response<'_> {
         let Some(rest) = self.path.strip_prefix(name) else { return };
         if !self.matched && (rest.is_empty() || rest.starts_with('/')) {
             self.matched = true;
-            answer(Request::new(rest, self.depth, self.slot));
+            answer(Request::new(rest, self.depth, self.view, self.slot));
         }
     }
 }
@@ -120,10 +133,17 @@ impl Response<'_> {
 pub struct Deferred {
     path: String,
     depth: usize,
+    view: View,
     sender: oneshot::Sender<Slot>,
 }
 
 impl Deferred {
+    /// Whether the inspection still waits for the answer. Once it does not, it never will again.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        !self.sender.is_closed()
+    }
+
     /// Lets `component` answer.
     pub fn inspect(self, component: &(impl Inspect + ?Sized)) {
         self.answer(|request| component.inspect(request));
@@ -136,11 +156,11 @@ impl Deferred {
 
     /// Lets a closure answer. It is not called if nobody waits for the answer any more.
     pub fn answer(self, answer: impl FnOnce(Request<'_>)) {
-        if self.sender.is_closed() {
+        if !self.is_awaited() {
             return;
         }
         let mut slot = Slot::Unanswered;
-        answer(Request::new(&self.path, self.depth, &mut slot));
+        answer(Request::new(&self.path, self.depth, self.view, &mut slot));
         // The receiver may be gone by now: its deadline has passed.
         let _ = self.sender.send(slot);
     }

@@ -1,6 +1,6 @@
 //! Trees as they are asked for: by path, by depth, with parts that answer later or never.
 
-use inspect::{Deferred, Hex, Inspect, InspectMut, Inspection, Node, Request, Value};
+use inspect::{Deferred, Hex, Inspect, InspectMut, Inspection, Node, Request, Value, View};
 use proptest::prelude::*;
 use std::cell::Cell;
 use std::time::Duration;
@@ -33,7 +33,11 @@ impl Inspect for Machine {
 }
 
 async fn ask(path: &str, depth: usize, component: &impl Inspect) -> Node {
-    Inspection::start(path, depth, |request| component.inspect(request)).finish(SOON).await
+    ask_as(View::Everything, path, depth, component).await
+}
+
+async fn ask_as(view: View, path: &str, depth: usize, component: &impl Inspect) -> Node {
+    Inspection::start(path, depth, view, |request| component.inspect(request)).finish(SOON).await
 }
 
 #[tokio::test]
@@ -107,7 +111,7 @@ impl InspectMut for Elsewhere {
 #[tokio::test]
 async fn a_deferred_child_is_answered_by_another_thread_and_knows_path_and_depth() {
     let mut elsewhere = Elsewhere { taken: Vec::new() };
-    let inspection = Inspection::start("unit/vps", 1, |request| {
+    let inspection = Inspection::start("unit/vps", 1, View::Everything, |request| {
         request.respond().field_mut("unit", &mut elsewhere);
     });
     let deferred = elsewhere.taken.pop().unwrap();
@@ -120,7 +124,7 @@ async fn a_deferred_child_is_answered_by_another_thread_and_knows_path_and_depth
 async fn a_late_child_is_unanswered_and_delays_nobody_else() {
     let (mut stuck, mut dropped, mut slow) =
         (Elsewhere { taken: vec![] }, Elsewhere { taken: vec![] }, Elsewhere { taken: vec![] });
-    let inspection = Inspection::start("", 2, |request| {
+    let inspection = Inspection::start("", 2, View::Everything, |request| {
         request
             .respond()
             .field_mut("stuck", &mut stuck)
@@ -146,6 +150,70 @@ async fn a_late_child_is_unanswered_and_delays_nobody_else() {
     assert_eq!(node.child("stuck").unwrap().to_json(), r#"{"$state":"unanswered"}"#);
     // The question is over: answering it now computes nothing.
     stuck.taken.pop().unwrap().answer(|_| panic!("nobody waits"));
+}
+
+/// Counts how often its sensitive parts are computed.
+#[derive(Default)]
+struct Port {
+    computed: Cell<u32>,
+}
+
+impl Inspect for Port {
+    fn inspect(&self, request: Request<'_>) {
+        request
+            .respond()
+            .field("queued", &3_u8)
+            .sensitive(|response| {
+                self.computed.set(self.computed.get() + 1);
+                response.child("registers", |request| {
+                    request.respond().hex("lcr", 0x83_u8);
+                });
+            })
+            .field("running", &true);
+    }
+}
+
+#[tokio::test]
+async fn sensitive_children_exist_only_for_whom_may_see_them() {
+    let port = Port::default();
+    let node = ask_as(View::WithoutSensitive, "", 9, &port).await;
+    assert_eq!(node.to_string(), "queued: 3\nrunning: true\n");
+    for path in ["registers", "registers/lcr"] {
+        assert_eq!(ask_as(View::WithoutSensitive, path, 9, &port).await, Node::NotFound, "{path}");
+    }
+    assert_eq!(ask_as(View::WithoutSensitive, "running", 0, &port).await, Node::Value(true.into()));
+    assert_eq!(port.computed.get(), 0);
+
+    let node = ask("", 9, &port).await;
+    assert_eq!(node.to_string(), "queued: 3\nregisters:\n  lcr: 0x83\nrunning: true\n");
+    assert_eq!(ask("registers/lcr", 0, &port).await, Node::Value(Value::Hex(0x83)));
+}
+
+#[tokio::test]
+async fn a_deferred_request_knows_what_may_be_seen() {
+    for (view, expected) in [(View::Everything, 3), (View::WithoutSensitive, 2)] {
+        let mut elsewhere = Elsewhere { taken: Vec::new() };
+        let inspection = Inspection::start("", 2, view, |request| {
+            // Below a child, so that the view has come down the tree before it is taken away.
+            request.respond().field_mut("port", &mut elsewhere);
+        });
+        let deferred = elsewhere.taken.pop().unwrap();
+        assert!(deferred.is_awaited());
+        deferred.inspect(&Port::default());
+        let Some(Node::Children(children)) = inspection.finish(SOON).await.child("port").cloned() else {
+            panic!("no children");
+        };
+        assert_eq!(children.len(), expected, "{view:?}");
+    }
+}
+
+#[tokio::test]
+async fn nobody_awaits_an_answer_after_the_inspection() {
+    let mut elsewhere = Elsewhere { taken: Vec::new() };
+    let inspection = Inspection::start("", 1, View::Everything, |request| elsewhere.inspect_mut(request));
+    assert!(elsewhere.taken[0].is_awaited());
+    drop(inspection);
+    assert!(!elsewhere.taken[0].is_awaited());
 }
 
 fn value() -> impl Strategy<Value = Value> {

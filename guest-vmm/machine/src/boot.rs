@@ -1,7 +1,7 @@
 //! What a machine boots, kept for as long as it may be reset.
 
 use crate::acpi::{self, AcpiError, DeviceNode};
-use crate::loader::{self, BootSource, InitialVpState, LoadError};
+use crate::loader::{self, BootSource, LoadError, LoadedGuest};
 use crate::memory::GuestMemory;
 use crate::reset_vector;
 use std::fs::File;
@@ -41,7 +41,7 @@ pub(crate) struct BootImage {
 
 impl BootImage {
     /// Loads the guest into memory that is all zero. Blocks for as long as the files take to be read.
-    pub fn load(&self, memory: &GuestMemory) -> Result<InitialVpState, BootError> {
+    pub fn load(&self, memory: &GuestMemory) -> Result<LoadedGuest, BootError> {
         let rsdp = acpi::write_tables(memory.view(), self.vps, &self.devices)?;
         reset_vector::write(memory.view()).map_err(BootError::ResetVector)?;
         let BootFiles { kernel, initrd, cmdline } = &self.files;

@@ -14,10 +14,11 @@ mod machine;
 pub mod memory;
 mod reset_vector;
 mod units;
+mod vp_inspect;
 mod vp_set;
 
 pub use boot::{BootError, BootFiles};
-pub use machine::{Machine, MachineConfig, MachineError, MachineView, UnitView, VPS};
+pub use machine::{Machine, MachineConfig, MachineError, MachineView, VPS};
 pub use memory::host_memory_bytes;
 pub use units::InjectedFault;
 pub use vp_set::{Halt, VpActivity, VpSet};

@@ -3,18 +3,20 @@
 use crate::board::{Board, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
-use crate::loader::InitialVpState;
+use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryError, MemoryOptions};
 use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::{SerialInput, SerialOutput};
 use futures::future::join_all;
+use inspect::{Inspect, Inspection, Request, View};
 use processor::{Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError};
 use state_unit::{
-    BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, UnitHandle, run_unit,
+    BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
+    TransitionRecord, UnitHandle, UnitView, run_unit,
 };
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -81,21 +83,10 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
 }
 
-/// A state unit, as it shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UnitView {
-    /// Its name.
-    pub name: String,
-    /// Its state.
-    pub state: String,
-    /// The units it depends on.
-    pub depends_on: Vec<String>,
-}
-
-/// A machine to look at, also while a transition is under way.
+/// A machine to look at, also while a transition is under way. Does not keep the machine.
 pub struct MachineView {
     vps: Arc<VpSet>,
-    units: Mutex<Vec<(UnitHandle, Vec<String>)>>,
+    units: StateUnitsInspector,
 }
 
 impl MachineView {
@@ -104,17 +95,34 @@ impl MachineView {
         self.vps.activities(within).await
     }
 
-    /// The state units, in the order in which they were added.
-    pub fn units(&self) -> Vec<UnitView> {
-        let units = self.units.lock().unwrap_or_else(PoisonError::into_inner);
-        units
-            .iter()
-            .map(|(unit, depends_on)| UnitView {
-                name: unit.name().to_owned(),
-                state: unit.state().to_string(),
-                depends_on: depends_on.clone(),
-            })
-            .collect()
+    /// The state units, in the order in which they were added. None once the machine is destroyed.
+    pub fn graph(&self) -> Vec<UnitView> {
+        self.units.graph()
+    }
+
+    /// The latest passes over the state units, the oldest first; the last may be in flight.
+    pub fn timeline(&self) -> Vec<TransitionRecord> {
+        self.units.timeline()
+    }
+
+    /// The set of state units.
+    pub fn inspector(&self) -> &StateUnitsInspector {
+        &self.units
+    }
+
+    /// Begins to inspect what is at `path`, with `depth` levels of children below it.
+    ///
+    /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity` and `registers`. What
+    /// is the guest's own (what registers hold, its command line) is there only with [`View::Everything`]. Units, VPs and
+    /// devices that are stuck show as unanswered. Has to be called in the machine's runtime.
+    pub fn inspect(&self, path: &str, depth: usize, view: View) -> Inspection {
+        Inspection::start(path, depth, view, |request| self.answer(request))
+    }
+
+    fn answer(&self, request: Request<'_>) {
+        let mut response = request.respond();
+        self.units.respond_with(&mut response);
+        response.child(VPS, |request| self.vps.inspect(request));
     }
 }
 
@@ -122,7 +130,7 @@ impl MachineView {
 struct Foundation<B> {
     memory: Arc<GuestMemory>,
     image: BootImage,
-    initial: InitialVpState,
+    loaded: LoadedGuest,
     partition: NewPartition<B>,
     board: Board,
     devices: Vec<Placed>,
@@ -144,18 +152,19 @@ impl Machine {
         H: Hypervisor + Send + 'static,
         H::Binder: Send + 'static,
     {
-        let inject = config.inject;
+        let (inject, vp_count) = (config.inject, config.vps);
         let lay =
             tokio::task::spawn_blocking(move || lay_foundation(&hypervisor, config, output, &cancelled));
-        let Foundation { memory, image, initial, partition, board, devices, bus } =
+        let Foundation { memory, image, loaded, partition, board, devices, bus } =
             lay.await.map_err(|_| MachineError::Panicked)??;
         let shared = partition.partition.clone();
-        let vps =
-            Arc::new(VpSet::bind(partition, Arc::new(bus), halts, initial).await.map_err(MachineError::Vp)?);
+        let vps = VpSet::bind(partition, Arc::new(bus), halts, loaded.vp).await;
+        let vps = Arc::new(vps.map_err(MachineError::Vp)?);
         let mut assembly = Assembly::default();
-        let memory_part = MemoryPart { memory: memory.clone(), image: Arc::new(image), vps: vps.clone() };
+        let image = Arc::new(image);
+        let memory_part = MemoryPart { memory: memory.clone(), image, loaded, vps: vps.clone() };
         assembly.add("memory", memory_part, &[])?;
-        assembly.add("partition", PartitionPart(shared.clone()), &["memory"])?;
+        assembly.add("partition", PartitionPart { partition: shared.clone(), vps: vp_count }, &["memory"])?;
         for placed in &devices {
             let uses: Vec<&str> = std::iter::once("partition").chain(placed.uses.iter().copied()).collect();
             assembly.add(placed.name, DevicePart(placed.device.clone()), &uses)?;
@@ -164,9 +173,10 @@ impl Machine {
             assembly.add("injected", fault, &["partition"])?;
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
-        let view = Arc::new(MachineView { vps, units: Mutex::new(assembly.handles) });
+        let (units, tasks) = assembly.finish();
+        let view = Arc::new(MachineView { vps, units: units.inspector() });
         let input = SerialInput::new(&board.serial);
-        Ok(Self { units: assembly.units, view, input, tasks: assembly.tasks, partition: shared, memory })
+        Ok(Self { units, view, input, tasks, partition: shared, memory })
     }
 
     /// The machine to look at.
@@ -211,7 +221,6 @@ impl Machine {
     pub async fn destroy(self) {
         let Self { units, view, input: _, tasks, partition, memory } = self;
         view.vps.shutdown().await;
-        view.units.lock().unwrap_or_else(PoisonError::into_inner).clear();
         drop(units);
         // Each task ends with its unit's channel, and drops its part of the machine; one that hangs is not waited for.
         let aborts: Vec<_> = tasks.iter().map(JoinHandle::abort_handle).collect();
@@ -248,9 +257,9 @@ fn lay_foundation<H: Hypervisor>(
     let bus = build_bus(&board, &devices)?;
     let nodes = devices.iter_mut().filter_map(|placed| placed.acpi.take()).collect();
     let image = BootImage { files: config.boot, vps: config.vps, devices: nodes };
-    let initial = image.load(&memory).map_err(MachineError::Boot)?;
+    let loaded = image.load(&memory).map_err(MachineError::Boot)?;
     go_on()?;
-    Ok(Foundation { memory, image, initial, partition, board, devices, bus })
+    Ok(Foundation { memory, image, loaded, partition, board, devices, bus })
 }
 
 fn build_bus(board: &Board, devices: &[Placed]) -> Result<Bus, MachineError> {
@@ -269,7 +278,7 @@ fn build_bus(board: &Board, devices: &[Placed]) -> Result<Bus, MachineError> {
 #[derive(Default)]
 struct Assembly {
     units: StateUnits,
-    handles: Vec<(UnitHandle, Vec<String>)>,
+    handles: Vec<UnitHandle>,
     tasks: Vec<JoinHandle<()>>,
     places: HashMap<&'static str, usize>,
 }
@@ -278,18 +287,24 @@ impl Assembly {
     fn add(&mut self, name: &'static str, part: impl Part, uses: &[&str]) -> Result<(), MachineError> {
         let dependencies = uses.iter().map(|name| self.places[name]);
         let builder =
-            dependencies.fold(self.units.add(name), |builder, at| builder.depends_on(&self.handles[at].0));
+            dependencies.fold(self.units.add(name), |builder, at| builder.depends_on(&self.handles[at]));
         let (handle, requests) = builder.build().map_err(MachineError::Unit)?;
         self.tasks.push(tokio::spawn(async move { drop(run_unit(PartUnit(part), requests).await) }));
         self.places.insert(name, self.handles.len());
-        self.handles.push((handle, uses.iter().map(|&name| name.to_owned()).collect()));
+        self.handles.push(handle);
         Ok(())
     }
 
     /// A unit that runs only while all the others do.
     fn add_after_all(&mut self, name: &'static str, part: impl Part) -> Result<(), MachineError> {
-        let all: Vec<String> = self.handles.iter().map(|(handle, _)| handle.name().to_owned()).collect();
+        let all: Vec<String> = self.handles.iter().map(|handle| handle.name().to_owned()).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         self.add(name, part, &names)
+    }
+
+    /// The set, which keeps its units, and their tasks.
+    fn finish(self) -> (StateUnits, Vec<JoinHandle<()>>) {
+        self.handles.into_iter().for_each(UnitHandle::detach);
+        (self.units, self.tasks)
     }
 }

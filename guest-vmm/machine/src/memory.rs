@@ -209,6 +209,11 @@ impl GuestMemory {
         self.bytes
     }
 
+    /// How it is allocated.
+    pub fn options(&self) -> MemoryOptions {
+        self.options
+    }
+
     /// The VMM's own address of the memfd's first byte, a multiple of 2 MiB. The mapping is contiguous and [`Self::bytes`] long.
     pub fn host_address(&self) -> usize {
         self.mapping.base.addr()

@@ -1,24 +1,30 @@
-//! The state units of a machine: what start, stop and reset mean for its memory, partition, devices and VPs.
+//! The state units of a machine: what start, stop and reset mean for its memory, partition, devices and VPs, and what each shows
+//! of itself. What the guest has put there is marked as sensitive.
 //!
 //! Saved state comes with snapshots; until then every unit refuses to be saved, by name.
 
 use crate::boot::BootImage;
-use crate::memory::GuestMemory;
+use crate::layout;
+use crate::loader::LoadedGuest;
+use crate::memory::{GuestMemory, MemoryOptions};
 use crate::vp_set::VpSet;
 use devices::Device;
-use inspect::{InspectMut, Request};
+use inspect::{Deferred, InspectMut, Request};
 use processor::Partition;
 use save_restore::{RestoreError, SaveError, SavedStateBlob};
 use state_unit::{SaveSupport, StateUnit, UnitError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
-/// A part of the machine that starts, stops and resets.
+/// A part of the machine that starts, stops, resets and shows itself.
 ///
-/// The contract of each method is [`StateUnit`]'s.
+/// The contract of each method is [`StateUnit`]'s, and for `inspect` [`InspectMut`]'s.
 pub(crate) trait Part: Send + 'static {
     fn start(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
     fn stop(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
     fn reset(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
+    fn inspect(&mut self, request: Request<'_>);
 }
 
 /// A [`Part`] as a state unit.
@@ -28,7 +34,7 @@ const NO_SAVED_STATE: &str = "saving is not supported yet";
 
 impl<P: Part> InspectMut for PartUnit<P> {
     fn inspect_mut(&mut self, request: Request<'_>) {
-        request.respond();
+        self.0.inspect(request);
     }
 }
 
@@ -62,7 +68,29 @@ impl<P: Part> StateUnit for PartUnit<P> {
 pub(crate) struct MemoryPart {
     pub memory: Arc<GuestMemory>,
     pub image: Arc<BootImage>,
+    /// What the image has become in memory.
+    pub loaded: LoadedGuest,
     pub vps: Arc<VpSet>,
+}
+
+impl MemoryPart {
+    fn inspect_boot(&self, request: Request<'_>) {
+        let LoadedGuest { protocol, initrd, vp } = &self.loaded;
+        let mut response = request.respond();
+        response.display("protocol", protocol).hex("entry", vp.registers.rip);
+        response.child("initrd", |request| match initrd {
+            Some(range) => inspect_range(range, request),
+            None => request.value("none"),
+        });
+        response.sensitive(|response| {
+            response.field("command_line", &self.image.files.cmdline);
+        });
+    }
+}
+
+/// A range of guest physical addresses.
+fn inspect_range(range: &Range<u64>, request: Request<'_>) {
+    request.respond().hex("start", range.start).hex("end", range.end);
 }
 
 impl Part for MemoryPart {
@@ -80,13 +108,34 @@ impl Part for MemoryPart {
             memory.zero()?;
             Ok(image.load(&memory)?)
         });
-        self.vps.start_with(loaded.await??);
+        self.loaded = loaded.await??;
+        self.vps.start_with(self.loaded.vp);
         Ok(())
+    }
+
+    fn inspect(&mut self, request: Request<'_>) {
+        let MemoryOptions { huge_pages, prefault, lock } = self.memory.options();
+        request
+            .respond()
+            .field_with("bytes", || self.memory.bytes())
+            .field("huge_pages", &huge_pages)
+            .field("prefault", &prefault)
+            .field("lock", &lock)
+            .child("ranges", |request| {
+                let mut response = request.respond();
+                for (index, range) in layout::memory_ranges(self.memory.bytes()).iter().enumerate() {
+                    response.child(&index.to_string(), |request| inspect_range(range, request));
+                }
+            })
+            .child("boot", |request| self.inspect_boot(request));
     }
 }
 
 /// The partition: what belongs to the hypervisor and to no VP.
-pub(crate) struct PartitionPart(pub Arc<dyn Partition>);
+pub(crate) struct PartitionPart {
+    pub partition: Arc<dyn Partition>,
+    pub vps: u32,
+}
 
 impl Part for PartitionPart {
     async fn start(&mut self) -> Result<(), UnitError> {
@@ -98,7 +147,11 @@ impl Part for PartitionPart {
     }
 
     async fn reset(&mut self) -> Result<(), UnitError> {
-        Ok(self.0.reset()?)
+        Ok(self.partition.reset()?)
+    }
+
+    fn inspect(&mut self, request: Request<'_>) {
+        request.respond().field("vps", &self.vps);
     }
 }
 
@@ -120,6 +173,37 @@ impl Part for DevicePart {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).reset();
         Ok(())
     }
+
+    /// A device in the middle of an access answers after it. If that access never ends, neither does the wait hold up anybody
+    /// else, nor does it outlast the inspection.
+    fn inspect(&mut self, request: Request<'_>) {
+        match try_lock(&self.0) {
+            Some(mut device) => device.inspect_mut(request),
+            None => drop(tokio::spawn(inspect_when_free(self.0.clone(), request.defer()))),
+        }
+    }
+}
+
+/// An access takes microseconds; one that takes longer than this is looked for again as often.
+const ACCESS: Duration = Duration::from_millis(1);
+
+/// Polls for the device's lock: waiting in it could block the thread for ever.
+async fn inspect_when_free(device: Arc<Mutex<dyn Device>>, deferred: Deferred) {
+    while deferred.is_awaited() {
+        if let Some(mut device) = try_lock(&device) {
+            return deferred.inspect_mut(&mut *device);
+        }
+        tokio::time::sleep(ACCESS).await;
+    }
+}
+
+/// The device, unless an access is under way.
+fn try_lock(device: &Mutex<dyn Device>) -> Option<MutexGuard<'_, dyn Device + 'static>> {
+    match device.try_lock() {
+        Ok(device) => Some(device),
+        Err(TryLockError::Poisoned(device)) => Some(device.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// The VPs.
@@ -137,6 +221,14 @@ impl Part for VpsPart {
 
     async fn reset(&mut self) -> Result<(), UnitError> {
         Ok(self.0.reset().await?)
+    }
+
+    /// What they are as a unit. What each shows of itself is reached past the unit, also while it moves.
+    fn inspect(&mut self, request: Request<'_>) {
+        request
+            .respond()
+            .field_with("count", || self.0.count())
+            .field_with("running", || self.0.is_running());
     }
 }
 
@@ -167,6 +259,10 @@ impl Part for InjectedFault {
 
     async fn reset(&mut self) -> Result<(), UnitError> {
         self.fail_at(Self::Reset)
+    }
+
+    fn inspect(&mut self, request: Request<'_>) {
+        request.respond().field_with("fails_at", || format!("{self:?}"));
     }
 }
 

@@ -3,9 +3,10 @@
 use crate::loader::InitialVpState;
 use futures::future::{join_all, try_join_all};
 use processor::{
-    BindProcessor, CpuIo, MpState, NewPartition, Partition, SpawnVpError, VpError, VpHaltReason, VpIndex,
-    VpThread,
+    BindProcessor, CpuIo, MpState, NewPartition, Partition, SpawnVpError, StateError, VpError, VpHaltReason,
+    VpIndex, VpThread,
 };
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -28,13 +29,26 @@ pub enum VpActivity {
     Unanswered,
 }
 
+impl fmt::Display for VpActivity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stopped => "stopped",
+            Self::Running => "running",
+            Self::Halted => "halted",
+            Self::WaitForSipi => "waiting for SIPI",
+            Self::Failed => "failed",
+            Self::Unanswered => "unanswered",
+        })
+    }
+}
+
 /// A VP that halted by itself, and why.
 pub type Halt = (VpIndex, VpHaltReason);
 
 /// The VPs, each on its own thread.
 pub struct VpSet {
     /// Empty once the machine is destroyed.
-    threads: RwLock<Vec<VpThread>>,
+    pub(crate) threads: RwLock<Vec<VpThread>>,
     halted: Arc<Vec<AtomicU8>>,
     running: AtomicBool,
     /// What VP 0 starts with, until it has started.
@@ -132,17 +146,35 @@ impl VpSet {
     /// What each VP is doing. A VP that runs leaves the guest for a moment to say so.
     pub async fn activities(&self, within: Duration) -> Vec<VpActivity> {
         let threads = self.threads.read().await;
-        let running = self.running.load(Ordering::Acquire);
-        let marks = self.halted.iter().map(|mark| mark.load(Ordering::Acquire));
-        let activities = threads.iter().zip(marks).map(|(thread, mark)| async move {
-            match mark {
-                FAILED => VpActivity::Failed,
-                HALTED => VpActivity::Stopped,
-                _ if !running => VpActivity::Stopped,
-                _ => tokio::time::timeout(within, activity(thread)).await.unwrap_or(VpActivity::Unanswered),
+        let activities = threads.iter().map(|thread| async move {
+            match self.known_activity(thread.vp()) {
+                Some(known) => known,
+                None => {
+                    tokio::time::timeout(within, activity(thread)).await.unwrap_or(VpActivity::Unanswered)
+                }
             }
         });
         join_all(activities).await
+    }
+
+    /// What a VP is doing, as far as that is known without asking it.
+    pub(crate) fn known_activity(&self, vp: VpIndex) -> Option<VpActivity> {
+        match self.halted[vp.0 as usize].load(Ordering::Acquire) {
+            FAILED => Some(VpActivity::Failed),
+            HALTED => Some(VpActivity::Stopped),
+            _ if !self.is_running() => Some(VpActivity::Stopped),
+            _ => None,
+        }
+    }
+
+    /// Whether the VPs were started, and not stopped since.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// How many VPs there are.
+    pub(crate) fn count(&self) -> usize {
+        self.halted.len()
     }
 
     /// Ends all VPs and waits for their threads.
@@ -153,11 +185,18 @@ impl VpSet {
 }
 
 async fn activity(thread: &VpThread) -> VpActivity {
-    match thread.access(|state| state.mp_state()).await {
-        Ok(Ok(MpState::Runnable)) => VpActivity::Running,
-        Ok(Ok(MpState::Halted)) => VpActivity::Halted,
-        Ok(Ok(MpState::WaitForSipi)) => VpActivity::WaitForSipi,
-        Ok(Err(_)) | Err(_) => VpActivity::Failed,
+    thread.access(|state| state.mp_state().into()).await.unwrap_or(VpActivity::Failed)
+}
+
+/// What a VP that was started says of itself.
+impl From<Result<MpState, StateError>> for VpActivity {
+    fn from(said: Result<MpState, StateError>) -> Self {
+        match said {
+            Ok(MpState::Runnable) => Self::Running,
+            Ok(MpState::Halted) => Self::Halted,
+            Ok(MpState::WaitForSipi) => Self::WaitForSipi,
+            Err(_) => Self::Failed,
+        }
     }
 }
 

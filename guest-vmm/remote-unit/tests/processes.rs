@@ -292,7 +292,9 @@ impl Stage {
 
     async fn shown(&self, path: &str) -> Node {
         let inspector = self.units.inspector();
-        let inspection = Inspection::start(path, 8, |request| inspect::Inspect::inspect(&inspector, request));
+        let inspection = Inspection::start(path, 8, inspect::View::Everything, |request| {
+            inspect::Inspect::inspect(&inspector, request)
+        });
         inspection.finish(PATIENCE).await
     }
 }

@@ -1,10 +1,11 @@
 //! GuestControl: the operator's capability, to the guest of one create.
 
-use super::observer::Observed;
+use super::observer::{Observed, inspected};
 use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
 use guest_schema::Failure;
 use guest_schema::guest_capnp::{guest_control, observer};
+use inspect::View;
 use std::rc::Rc;
 
 /// A guest, controlled.
@@ -73,6 +74,20 @@ impl guest_control::Server for Control {
     ) -> capnp::Result<()> {
         let observer: observer::Client = capnp_rpc::new_client(Observed::new(self.guest.clone()));
         results.get().set_observer(observer);
+        Ok(())
+    }
+    async fn inspect(
+        self: Rc<Self>,
+        params: guest_control::InspectParams,
+        mut results: guest_control::InspectResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let (path, depth, rendering) =
+            (params.get_path()?.to_str()?, params.get_depth(), params.get_rendering()?);
+        match inspected(&self.guest, path, depth, rendering, View::Everything).await {
+            Ok(tree) => results.get().set_tree(&tree[..]),
+            Err(failure) => failure.write(results.get().init_error()),
+        }
         Ok(())
     }
 }

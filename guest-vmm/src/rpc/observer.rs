@@ -2,9 +2,10 @@
 
 use crate::events::MAX_SUBSCRIPTIONS;
 use crate::guest::Guest;
-use guest_schema::guest_capnp::{observer, subscription};
-use guest_schema::{Failure, GuestError, UnitStatus};
+use guest_schema::guest_capnp::{Rendering, observer, subscription};
+use guest_schema::{Failure, GuestError, Transition, UnitStatus};
 use guest_transport::broken;
+use inspect::View;
 use std::rc::Rc;
 use tokio::task::{AbortHandle, spawn_local};
 
@@ -59,6 +60,30 @@ impl observer::Server for Observed {
         Ok(())
     }
 
+    async fn timeline(
+        self: Rc<Self>,
+        _: observer::TimelineParams,
+        mut results: observer::TimelineResults,
+    ) -> capnp::Result<()> {
+        Transition::write_all(&self.0.timeline(), |count| results.get().init_transitions(count));
+        Ok(())
+    }
+
+    async fn inspect(
+        self: Rc<Self>,
+        params: observer::InspectParams,
+        mut results: observer::InspectResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let (path, depth, rendering) =
+            (params.get_path()?.to_str()?, params.get_depth(), params.get_rendering()?);
+        match inspected(&self.0, path, depth, rendering, View::WithoutSensitive).await {
+            Ok(tree) => results.get().set_tree(&tree[..]),
+            Err(failure) => failure.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+
     async fn unit_graph(
         self: Rc<Self>,
         _: observer::UnitGraphParams,
@@ -67,6 +92,21 @@ impl observer::Server for Observed {
         UnitStatus::write_all(&self.0.units(), |count| results.get().init_units(count));
         Ok(())
     }
+}
+
+/// A node of the guest's inspection tree, rendered.
+pub(super) async fn inspected(
+    guest: &Guest,
+    path: &str,
+    depth: u32,
+    rendering: Rendering,
+    view: View,
+) -> Result<String, Failure> {
+    let node = guest.inspect(path, depth, view).await?;
+    Ok(match rendering {
+        Rendering::Json => node.to_json(),
+        Rendering::Text => node.to_string(),
+    })
 }
 
 /// A subscriber that is being fed.

@@ -3,8 +3,8 @@
 use crate::graph::{Edges, Topology};
 use crate::phase::Phase;
 use crate::set::Shared;
-use crate::{StateRequest, UnitState};
-use inspect::{Inspect, Request};
+use crate::{StateRequest, TransitionRecord, UnitState};
+use inspect::{Inspect, Request, Response};
 use std::sync::{Arc, Weak};
 
 /// Shows a set of units, also while a transition is in flight. Does not keep the set alive: once that is dropped, there
@@ -21,14 +21,31 @@ impl StateUnitsInspector {
     pub(crate) fn new(shared: &Arc<Shared>) -> Self {
         Self { shared: Arc::downgrade(shared) }
     }
+
+    /// As [`StateUnits::graph`](crate::StateUnits::graph); empty once the set is gone.
+    #[must_use]
+    pub fn graph(&self) -> Vec<UnitView> {
+        self.shared.upgrade().map(|shared| shared.view()).unwrap_or_default()
+    }
+
+    /// As [`StateUnits::timeline`](crate::StateUnits::timeline); empty once the set is gone.
+    #[must_use]
+    pub fn timeline(&self) -> Vec<TransitionRecord> {
+        self.shared.upgrade().map(|shared| shared.timeline()).unwrap_or_default()
+    }
+
+    /// Adds the children of the tree to a response that may have others beside them.
+    pub fn respond_with(&self, response: &mut Response<'_>) {
+        let Some(shared) = self.shared.upgrade() else { return };
+        response
+            .field_with("state", || shared.state().to_string())
+            .child("units", |request| inspect_units(&shared.snapshot(), request));
+    }
 }
 
 impl Inspect for StateUnitsInspector {
     fn inspect(&self, request: Request<'_>) {
-        let mut response = request.respond();
-        let Some(shared) = self.shared.upgrade() else { return };
-        response.field_with("state", || shared.state().to_string());
-        response.child("units", |request| inspect_units(&shared.snapshot(), request));
+        self.respond_with(&mut request.respond());
     }
 }
 

@@ -123,14 +123,15 @@ impl Drop for RequestReceiver {
 mod tests {
     use super::*;
     use futures::FutureExt;
-    use inspect::{Inspection, Node};
+    use inspect::{Inspection, Node, View};
     use std::time::Duration;
 
     /// A request that can be told apart by what it inspects.
     fn request() -> (StateRequest, Inspection) {
         let mut request = None;
-        let inspection =
-            Inspection::start("", 1, |asked| request = Some(StateRequest::Inspect(asked.defer())));
+        let inspection = Inspection::start("", 1, View::Everything, |asked| {
+            request = Some(StateRequest::Inspect(asked.defer()))
+        });
         (request.expect("start calls the closure"), inspection)
     }
 

@@ -5,19 +5,30 @@ use super::file::ImageFile;
 use super::placement::Placement;
 use super::{bzimage, elf};
 use linux_loader::loader::bootparam::setup_header;
+use std::fmt;
 
 /// How much of a file is looked at to tell its format: all headers of usual kernels are in it.
 const HEAD_BYTES: usize = 4096;
 
 /// How a kernel starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Protocol {
+pub enum Protocol {
     /// PVH: 32 bits, no paging.
     Pvh,
     /// Linux: 32 bits, no paging.
     Linux32,
     /// Linux: 64 bits, the first 4 GiB mapped.
     Linux64,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pvh => "PVH",
+            Self::Linux32 => "Linux, 32 bits",
+            Self::Linux64 => "Linux, 64 bits",
+        })
+    }
 }
 
 /// A part of the kernel file and its place in memory.

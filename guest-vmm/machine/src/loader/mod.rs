@@ -25,11 +25,12 @@ mod vp_state;
 mod zero_page;
 
 pub use error::{FileKind, LoadError, Occupant, PlaceError};
+pub use kernel::Protocol;
 pub use vp_state::InitialVpState;
 
 use crate::layout::{self, PAGE_BYTES};
 use file::ImageFile;
-use kernel::{Kernel, Protocol};
+use kernel::Kernel;
 use placement::Placement;
 use std::fs::File;
 use std::ops::Range;
@@ -46,6 +47,17 @@ pub struct BootSource<'a> {
     pub cmdline: &'a str,
 }
 
+/// A guest that lies in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadedGuest {
+    /// How its kernel starts.
+    pub protocol: Protocol,
+    /// Where its initial RAM disk lies: guest physical addresses.
+    pub initrd: Option<Range<u64>>,
+    /// The state in which the first VP has to start, RIP being the kernel's entry.
+    pub vp: InitialVpState,
+}
+
 /// Loads a kernel into memory that is all zero, and says in which state the first VP has to start.
 ///
 /// `rsdp` is where [`crate::acpi::write_tables`] has put the ACPI tables' root; the two do not touch each other's memory. Blocks for
@@ -54,7 +66,7 @@ pub fn load(
     memory: &GuestMemoryMmap,
     source: &BootSource<'_>,
     rsdp: GuestAddress,
-) -> Result<InitialVpState, LoadError> {
+) -> Result<LoadedGuest, LoadError> {
     let plan = Plan::new(memory_ranges(memory), source)?;
     plan.write(memory, source.cmdline, rsdp)
 }
@@ -95,7 +107,7 @@ impl<'a> Plan<'a> {
         memory: &GuestMemoryMmap,
         cmdline: &str,
         rsdp: GuestAddress,
-    ) -> Result<InitialVpState, LoadError> {
+    ) -> Result<LoadedGuest, LoadError> {
         for segment in &self.kernel.segments {
             self.kernel_file.read_into(memory, segment.file_offset, segment.address, segment.file_bytes)?;
         }
@@ -104,16 +116,16 @@ impl<'a> Plan<'a> {
         }
         // The NUL is there: the memory is zero.
         write(memory, Occupant::CommandLine, layout::COMMAND_LINE.start, cmdline.as_bytes())?;
-        let boot = BootInfo {
-            announced: layout::announced_memory(&self.ranges),
-            initrd: self.initrd.map(|initrd| initrd.address..initrd.address + initrd.file.bytes()),
-            rsdp: rsdp.0,
-        };
-        match self.kernel.protocol {
+        let initrd = self.initrd.map(|initrd| initrd.address..initrd.address + initrd.file.bytes());
+        let announced = layout::announced_memory(&self.ranges);
+        let boot = BootInfo { announced, initrd: initrd.clone(), rsdp: rsdp.0 };
+        let protocol = self.kernel.protocol;
+        match protocol {
             Protocol::Pvh => pvh::write(memory, &boot)?,
             Protocol::Linux32 | Protocol::Linux64 => zero_page::write(memory, self.kernel.header, &boot)?,
         }
-        vp_state::prepare(memory, self.kernel.protocol, self.kernel.entry)
+        let vp = vp_state::prepare(memory, protocol, self.kernel.entry)?;
+        Ok(LoadedGuest { protocol, initrd, vp })
     }
 }
 

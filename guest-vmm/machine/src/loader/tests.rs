@@ -43,7 +43,8 @@ fn boot(
     cmdline: &str,
 ) -> Result<InitialVpState, LoadError> {
     let (kernel, initrd) = (file(kernel), initrd.map(file));
-    load(memory.view(), &BootSource { kernel: &kernel, initrd: initrd.as_ref(), cmdline }, RSDP)
+    let source = BootSource { kernel: &kernel, initrd: initrd.as_ref(), cmdline };
+    Ok(load(memory.view(), &source, RSDP)?.vp)
 }
 
 /// The error of a load into 16 MiB, which must not have touched them.

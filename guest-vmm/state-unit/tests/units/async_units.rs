@@ -1,6 +1,6 @@
 //! Units that work through a shared reference: they can be looked at while they move.
 
-use inspect::{Inspect, Inspection, Node, Request, Value};
+use inspect::{Inspect, Inspection, Node, Request, Value, View};
 use save_restore::{RestoreError, SaveError, SavedStateBlob};
 use state_unit::{SaveSupport, StateTransitionError, StateUnit, StateUnits, UnitError, run_async_unit};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -52,7 +52,9 @@ impl StateUnit for &Queue {
 
 async fn drained(units: &StateUnits) -> Node {
     let inspector = units.inspector();
-    let inspection = Inspection::start("units/queue/unit/drained", 0, |request| inspector.inspect(request));
+    let inspection = Inspection::start("units/queue/unit/drained", 0, View::Everything, |request| {
+        inspector.inspect(request)
+    });
     inspection.finish(Duration::from_secs(60)).await
 }
 

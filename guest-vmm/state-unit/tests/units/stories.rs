@@ -1,7 +1,7 @@
 //! Stories over the public interface: what a set of units does in fair and in foul weather.
 
 use crate::support::{Machine, Script};
-use inspect::{Inspect, Inspection};
+use inspect::{Inspect, Inspection, View};
 use state_unit::{
     BuildError, IllegalReason, SavedStateUnit, SetState, StateTransitionError, StateUnits, UnitFailures,
     UnitOutcome, UnitState,
@@ -432,8 +432,8 @@ async fn the_inspector_shows_the_graph_during_a_transition_and_the_stuck_unit_as
         assert!(futures::poll!(&mut start).is_pending());
         tokio::task::yield_now().await;
     }
-    let tree =
-        Inspection::start("", 9, |request| inspector.inspect(request)).finish(Duration::from_millis(50));
+    let tree = Inspection::start("", 9, View::Everything, |request| inspector.inspect(request))
+        .finish(Duration::from_millis(50));
     let text = tree.await.to_string();
     assert_eq!(
         text,
@@ -461,7 +461,9 @@ units:
     let view = &machine.units.graph()[2];
     assert_eq!(names(&view.dependencies), ["stuck", "free"]);
     assert_eq!(names(&view.waits_for), ["stuck"]);
-    let waits = &machine.units.timeline()[0].units[2].outcome;
+    assert_eq!(inspector.graph(), machine.units.graph());
+    assert_eq!(inspector.timeline(), machine.units.timeline());
+    let waits = &inspector.timeline()[0].units[2].outcome;
     assert_eq!(*waits, UnitOutcome::Waiting(vec!["stuck".into()]));
 }
 
@@ -511,7 +513,11 @@ async fn an_empty_set_moves_and_a_dropped_one_ends_its_units() {
     units.stop().await.unwrap();
     let machine = Machine::new();
     let unit = machine.add(machine.unit("unit"), &[]);
+    machine.units.start().await.unwrap();
+    let inspector = machine.units.inspector();
+    assert_eq!((inspector.graph().len(), inspector.timeline().len()), (1, 1));
     drop(machine);
+    assert_eq!((inspector.graph(), inspector.timeline()), (Vec::new(), Vec::new()));
     assert_eq!(unit.remove().await.unwrap().name, "unit");
 }
 
