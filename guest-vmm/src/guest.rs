@@ -22,6 +22,9 @@ const INSPECTION: Duration = Duration::from_millis(500);
 /// How many levels of an inspection tree may be asked for.
 const MAX_DEPTH: u32 = 32;
 
+/// How much of a path that leads nowhere is told, in characters.
+const MAX_SHOWN: usize = 200;
+
 /// What becomes of the guests of a VMM, for whoever watches it.
 #[derive(Debug, Clone)]
 pub(crate) enum Milestone {
@@ -152,7 +155,8 @@ impl Guest {
         let depth = usize::try_from(depth.min(MAX_DEPTH)).unwrap_or(usize::MAX);
         match machine.inspect(path, depth, view).finish(INSPECTION).await {
             Node::NotFound => {
-                let detail = format!("path: there is no node {path:?} in the inspection tree");
+                let shown: String = path.chars().take(MAX_SHOWN).collect();
+                let detail = format!("path: there is no node {shown:?} in the inspection tree");
                 Err(Failure::new(GuestError::BadConfig, detail))
             }
             node => Ok(node),

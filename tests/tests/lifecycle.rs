@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use guest_client::{ClientError, Event, EventKind, Observer};
+use guest_client::{ClientError, Event, EventKind, Observer, Rendering, StepOutcome};
 use guest_schema::{
     Failure, FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpState,
 };
@@ -77,6 +77,8 @@ stories! {
     a_failed_transition_is_told_with_its_reason with ",fail-unit=reset";
     subscriptions_are_bounded_and_end_when_they_are_dropped;
     an_observer_sees_the_units_and_what_depends_on_what;
+    a_timeline_tells_who_waited_for_whom;
+    only_an_operator_sees_what_is_the_guests_own;
 }
 
 fn main() -> ExitCode {
@@ -715,4 +717,50 @@ async fn an_observer_sees_the_units_and_what_depends_on_what(stage: Stage) -> St
     player.lifecycle.stop().await?;
     expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
     expect("after its end", observer.unit_graph().await?, Vec::new())
+}
+
+async fn a_timeline_tells_who_waited_for_whom(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let observer = running.guest.observer();
+    player.lifecycle.control().pause().await?;
+    let passes = observer.timeline().await?;
+    let operations: Vec<&str> = passes.iter().map(|pass| &pass.operation[..]).collect();
+    expect("passes", operations, vec!["start", "stop"])?;
+    expect("in order", passes[0].began_at_us <= passes[1].began_at_us, true)?;
+    for pass in &passes {
+        let step = |name: &str| pass.units.iter().find(|step| step.name == name);
+        let (vps, memory) = (step("vps"), step("memory"));
+        let (first, last) = if pass.operation == "start" { (memory, vps) } else { (vps, memory) };
+        let (first, last) = first.zip(last).ok_or_else(|| anyhow!("no vps or no memory in {pass:?}"))?;
+        expect("outcomes", (first.outcome, last.outcome), (StepOutcome::Done, StepOutcome::Done))?;
+        expect("the last waits", first.ended_us.is_some() && first.ended_us <= last.ready_us, true)?;
+    }
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
+    expect("after its end", observer.timeline().await?, Vec::new())
+}
+
+async fn only_an_operator_sees_what_is_the_guests_own(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let (observer, control) = (running.guest.observer(), player.lifecycle.control());
+    let shown: serde_json::Value = serde_json::from_str(&observer.inspect("", 32, Rendering::Json).await?)?;
+    let memory = &shown["units"]["memory"]["unit"];
+    expect("memory", memory["bytes"].as_u64(), Some(player.config(Act::Spin)?.memory.bytes))?;
+    expect("the VP", shown["vps"]["0"].get("activity").is_some(), true)?;
+    let secrets = [&shown["vps"]["0"]["registers"], &memory["boot"]["command_line"]];
+    expect("secrets", secrets.map(serde_json::Value::is_null), [true; 2])?;
+    let registers = observer.inspect("vps/0/registers", 1, Rendering::Json).await;
+    expect("registers", refusal(registers)?, GuestError::BadConfig)?;
+    control.inspect("vps/0/registers", 1, Rendering::Json).await?;
+    let text = control.inspect("units/vps/unit_state", 0, Rendering::Text).await?;
+    expect("text", &text[..], "running\n")?;
+    let (code, detail) = refused(control.inspect("units/nobody", 0, Rendering::Text).await)?;
+    expect("code", code, GuestError::BadConfig)?;
+    expect(&detail, detail.contains("units/nobody"), true)?;
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
+    let late = control.inspect("", 1, Rendering::Text).await;
+    expect("after its end", refusal(late)?, GuestError::NotRunning)
 }

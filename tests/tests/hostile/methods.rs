@@ -1,4 +1,4 @@
-//! Methods that are in their places and do nothing yet.
+//! Methods that are in their places and do nothing yet, and looks that no tree can answer.
 
 use capnp::Error;
 use guest_schema::guest_capnp::{guest, guest_control, guest_lifecycle, observer};
@@ -83,14 +83,25 @@ async fn of_the_control(control: &guest_control::Client) -> Story {
     unimplemented("nmi", control.nmi_request().send().promise).await?;
     unimplemented("snapshot", control.snapshot_request().send().promise).await?;
     unimplemented("debugger", control.debugger_request().send().promise).await?;
-    unimplemented("inspect", control.inspect_request().send().promise).await?;
     unimplemented("update", control.update_request().send().promise).await?;
     unimplemented("addUnit", control.add_unit_request().send().promise).await
 }
 
+/// A subscription to nowhere, and a look at what no tree has, are refused.
 async fn of_the_observer(observer: &observer::Client) -> Story {
-    unimplemented("subscribe", observer.subscribe_request().send().promise).await?;
-    unimplemented("unitGraph", observer.unit_graph_request().send().promise).await?;
-    unimplemented("timeline", observer.timeline_request().send().promise).await?;
-    unimplemented("inspect", observer.inspect_request().send().promise).await
+    let nowhere = observer.subscribe_request().send().promise.await;
+    expect("a subscription without a sink is refused", nowhere.is_err(), true)?;
+    for path in ["/".repeat(1 << 16), "units/".repeat(1 << 14), "\0/../é".to_owned()] {
+        let mut request = observer.inspect_request();
+        let mut params = request.get();
+        params.set_path(&path[..]);
+        params.set_depth(u32::MAX);
+        let answer = request.send().promise.await?;
+        let results = answer.get()?;
+        // Nothing but separators is the root.
+        let is_root = path.chars().all(|c| c == '/');
+        expect("it is shown", results.get_tree()?.is_empty(), !is_root)?;
+        expect("it is refused", results.has_error(), !is_root)?;
+    }
+    Ok(())
 }
