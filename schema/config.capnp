@@ -19,7 +19,7 @@ struct GuestConfig {
   onReset @4 :OnReset;
 
   block @5 :List(BlockConfig);
-  # At most 32. Not supported yet, like all from here to `units`: badConfig.
+  # At most 32. Not supported yet, like all from here to `mem`: badConfig.
   net @6 :List(NetConfig);
   # At most 32.
   console @7 :Bool;
@@ -28,7 +28,7 @@ struct GuestConfig {
   balloon @10 :Bool;
   mem @11 :MemDeviceConfig;
   units @12 :List(UnitConfig);
-  # State units that the client implements.
+  # State units that the client implements; at most 64.
 
   gpu @13 :Bool;
   # Kept places of fuchsia.virtualization: badConfig "not supported", like the three that follow.
@@ -122,8 +122,9 @@ struct UnitConfig {
   id @0 :Text;
   # Its name among the guest's units, and in saved state.
   dependsOn @1 :List(Text);
-  # The units that it needs: it starts after them and stops before them.
-  deadlineMs @2 :UInt32;
+  # The units that it needs: it starts after them and stops before them. The guest's own, and those before it in the list. The
+  # VPs need every unit that does not need them.
+  deadlineMs @2 :UInt32 = 5000;
   # How long it may take to answer. The guest's own deadline, 10 s for a whole transition, holds besides.
   whenLost @3 :LossPolicy;
   unit @4 :StateUnit;

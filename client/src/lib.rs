@@ -21,6 +21,7 @@
 //!     cpus: 1,
 //!     memory: MemoryConfig::of_bytes(128 << 20),
 //!     on_reset: OnReset::Restart,
+//!     units: Vec::new(),
 //! };
 //! let (output, mut chunks) = tokio::sync::mpsc::channel::<SerialChunk>(16);
 //! let created = lifecycle.create(&config);
@@ -53,8 +54,9 @@ pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, MemoryConfig, OnReset,
-    Outcome, Phase, Rendering, StepOutcome, Transition, TransitionEnd, UnitStatus, UnitStep, VpState,
+    Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, LossPolicy,
+    MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, StepOutcome, Transition, TransitionEnd,
+    UnitConfig, UnitStatus, UnitStep, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

@@ -1,5 +1,6 @@
 //! A guest's config on its way in: what was asked for, the files already taken from the channel, and the limits it is held to.
 
+use crate::client_units;
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
 use guest_schema::{ConfigFault, Failure, FileSource, GuestConfig, GuestError, OnReset, ReadConfig};
@@ -54,12 +55,14 @@ impl RequestedGuest {
     pub fn check(&self, max_vps: u32, host_bytes: u64) -> Result<(), Failure> {
         let mut faults = self.faults.clone();
         faults.extend(limit_faults(&self.config, max_vps, host_bytes));
-        if faults.is_empty() {
-            return Ok(());
-        }
-        let details: Vec<String> = faults.iter().map(ToString::to_string).collect();
-        Err(Failure::new(GuestError::BadConfig, details.join("; ")))
+        refused(&faults).map_or(Ok(()), Err)
     }
+}
+
+/// One failure that lists every fault, if there are any.
+pub(crate) fn refused(faults: &[ConfigFault]) -> Option<Failure> {
+    let details: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    (!faults.is_empty()).then(|| Failure::new(GuestError::BadConfig, details.join("; ")))
 }
 
 /// An open descriptor of a regular file. Opened by the client with the client's rights.
@@ -94,6 +97,7 @@ fn limit_faults(config: &GuestConfig, max_vps: u32, host_bytes: u64) -> Vec<Conf
     if let Some(position) = cmdline.find('\0') {
         fault("source.boot.cmdline", format!("there is a NUL at byte {position}"));
     }
+    faults.extend(client_units::faults(&config.units));
     faults
 }
 
@@ -110,6 +114,7 @@ mod tests {
             cpus: 1,
             memory: MemoryConfig::of_bytes(1 << 20),
             on_reset: OnReset::Restart,
+            units: Vec::new(),
         }
     }
 

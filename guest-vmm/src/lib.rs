@@ -7,6 +7,7 @@
 //! it; `guest` what holders of a capability see; `rpc` the capabilities; `config` and `files` what comes in.
 
 mod admission;
+mod client_units;
 mod config;
 mod driver;
 mod events;

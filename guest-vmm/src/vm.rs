@@ -1,5 +1,6 @@
 //! The VM as the driver has it: made from a config, moved between its states, taken down.
 
+use crate::client_units;
 use crate::config::RequestedGuest;
 use crate::files;
 use crate::guest::Guest;
@@ -47,15 +48,22 @@ impl Cancel {
 /// A machine and the guest in it.
 pub(crate) struct Vm {
     machine: Machine,
+    /// The client's units, which leave the machine when they are dropped.
+    client_units: client_units::Joined,
     halts: mpsc::UnboundedReceiver<Halt>,
     guest: Rc<Guest>,
 }
 
 impl Vm {
     /// Makes a VM, stopped. On an error nothing is left.
-    pub async fn create(host: &Host, requested: RequestedGuest, cancel: &Cancel) -> Result<Self, Failure> {
+    pub async fn create(
+        host: &Host,
+        mut requested: RequestedGuest,
+        cancel: &Cancel,
+    ) -> Result<Self, Failure> {
         let max_vps = host.max_vps().await.map_err(|error| initialization(&error))?;
         requested.check(max_vps, host_memory_bytes())?;
+        let units = std::mem::take(&mut requested.config.units);
         let config = tokio::select! {
             config = machine_config(requested) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
@@ -65,8 +73,15 @@ impl Vm {
         let flag = cancel.clone();
         let built = host.build(config, log.clone(), sender, move || flag.is_cancelled()).await;
         let machine = built.map_err(|error| build_failure(&error))?;
+        let client_units = match client_units::join(&machine, units) {
+            Ok(joined) => joined,
+            Err(failure) => {
+                machine.destroy().await;
+                return Err(failure);
+            }
+        };
         let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone()));
-        Ok(Self { machine, halts, guest })
+        Ok(Self { machine, client_units, halts, guest })
     }
 
     pub fn guest(&self) -> &Rc<Guest> {
@@ -101,7 +116,7 @@ impl Vm {
 
     /// Stops the units if they run, resets them, and starts them again if they ran.
     pub async fn reset(&mut self, running: bool) -> Result<(), Failure> {
-        let Self { machine, halts, guest } = self;
+        let Self { machine, halts, guest, .. } = self;
         let failed = |error: StateTransitionError| transition_failure("reset", &error, true);
         let reset = async {
             if running {
@@ -135,7 +150,8 @@ impl Vm {
     }
 
     pub async fn destroy(self) {
-        let Self { machine, halts: _, guest: _ } = self;
+        let Self { machine, client_units, halts: _, guest: _ } = self;
+        drop(client_units);
         machine.destroy().await;
     }
 

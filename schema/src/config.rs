@@ -3,6 +3,7 @@
 use crate::common_capnp::{file, file_source};
 use crate::config_capnp as wire;
 use crate::failure::lossy;
+use crate::units::UnitConfig;
 use std::fmt;
 
 /// One fault of a config: the field, and what is wrong with its value.
@@ -90,6 +91,8 @@ pub struct GuestConfig {
     pub memory: MemoryConfig,
     /// What a reset by the guest itself does.
     pub on_reset: OnReset,
+    /// State units that the client implements.
+    pub units: Vec<UnitConfig>,
 }
 
 /// A config as it came, with what cannot even be expressed in a [`GuestConfig`].
@@ -136,7 +139,8 @@ impl GuestConfig {
             prefault: memory.get_prefault(),
             lock: memory.get_lock(),
         };
-        let config = Self { kernel, ramdisk, cmdline, cpus: reader.get_cpus(), memory, on_reset };
+        let units = UnitConfig::read_all(reader.get_units()?, &mut faults)?;
+        let config = Self { kernel, ramdisk, cmdline, cpus: reader.get_cpus(), memory, on_reset, units };
         Ok(ReadConfig { config, faults })
     }
 
@@ -157,6 +161,7 @@ impl GuestConfig {
             OnReset::Restart => wire::OnReset::Restart,
             OnReset::Stop => wire::OnReset::Stop,
         });
+        UnitConfig::write_all(&self.units, |count| builder.init_units(count));
     }
 }
 
@@ -233,7 +238,6 @@ fn read_unsupported(
         ("vsock", reader.has_vsock()),
         ("balloon", reader.get_balloon()),
         ("mem", reader.has_mem()),
-        ("units", !reader.get_units()?.is_empty()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),
         ("wayland", reader.get_wayland()),
@@ -262,6 +266,7 @@ mod tests {
             cpus: 4,
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
+            units: Vec::new(),
         };
         let read = message(|builder| config.write(builder));
         assert!(read.faults.is_empty(), "{:?}", read.faults);

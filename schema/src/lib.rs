@@ -11,12 +11,14 @@ mod failure;
 mod generated;
 mod state;
 mod timeline;
+mod units;
 
 pub use config::{ConfigFault, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig};
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};
 pub use timeline::{Event, EventKind, StepOutcome, Transition, TransitionEnd, UnitStep};
+pub use units::{LossPolicy, SavedStateKind, UnitConfig};
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.
 pub const PROTOCOL: u32 = 1;

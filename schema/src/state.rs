@@ -103,13 +103,13 @@ pub(crate) fn length<T>(items: &[T]) -> u32 {
     u32::try_from(items.len()).unwrap_or(u32::MAX)
 }
 
-fn write_names(names: &[String], mut list: text_list::Builder<'_>) {
+pub(crate) fn write_names(names: &[String], mut list: text_list::Builder<'_>) {
     for (index, name) in (0u32..).zip(names) {
         list.set(index, &name[..]);
     }
 }
 
-fn read_names(names: text_list::Reader<'_>) -> capnp::Result<Vec<String>> {
+pub(crate) fn read_names(names: text_list::Reader<'_>) -> capnp::Result<Vec<String>> {
     names.iter().map(|name| name.map(lossy)).collect()
 }
 

@@ -18,4 +18,5 @@ pub mod process;
 pub mod requirements;
 pub mod service;
 pub mod stage;
+pub mod unit;
 pub mod wait;

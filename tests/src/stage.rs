@@ -186,6 +186,7 @@ impl Player {
             cpus: 1,
             memory: MemoryConfig::of_bytes(16 << 20),
             on_reset: OnReset::Restart,
+            units: Vec::new(),
         })
     }
 

@@ -6,14 +6,15 @@ use std::pin::Pin;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
-use guest_client::{ClientError, Event, EventKind, Observer, Rendering, StepOutcome};
+use guest_client::{ClientError, Event, EventKind, Observer, Rendering, StepOutcome, UnitConfig};
 use guest_schema::{
     Failure, FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpState,
 };
 use guest_tests::console::Console;
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::service::PATIENCE;
-use guest_tests::stage::{Act, Channel, Kind, Stage, Story, expect, gone, play_on, refusal, refused};
+use guest_tests::stage::{Act, Channel, Kind, Stage, Story, expect, gone, play_on, refusal, refused, says};
+use guest_tests::unit::NotingUnit;
 use guest_tests::wait;
 use libtest_mimic::Trial;
 use tokio::sync::mpsc;
@@ -79,6 +80,9 @@ stories! {
     an_observer_sees_the_units_and_what_depends_on_what;
     a_timeline_tells_who_waited_for_whom;
     only_an_operator_sees_what_is_the_guests_own;
+    a_clients_units_move_with_the_guest;
+    a_clients_unit_that_refuses_to_start_fails_the_run;
+    faults_of_a_clients_units_are_listed;
 }
 
 fn main() -> ExitCode {
@@ -324,6 +328,7 @@ async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
         cpus: 100_000,
         memory: MemoryConfig::of_bytes(0),
         on_reset: OnReset::Restart,
+        units: Vec::new(),
     };
     let (code, detail) = refused(player.lifecycle.create(&bad).await)?;
     expect("create", code, GuestError::BadConfig)?;
@@ -359,6 +364,7 @@ fn endless_config() -> GuestConfig {
         cpus: 1,
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
+        units: Vec::new(),
     }
 }
 
@@ -763,4 +769,84 @@ async fn only_an_operator_sees_what_is_the_guests_own(stage: Stage) -> Story {
     expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
     let late = control.inspect("", 1, Rendering::Text).await;
     expect("after its end", refusal(late)?, GuestError::NotRunning)
+}
+
+async fn a_clients_units_move_with_the_guest(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let unit = NotingUnit::default();
+    let units = vec![
+        UnitConfig { depends_on: vec!["serial".into()], ..unit.part("backup") },
+        UnitConfig { depends_on: vec!["backup".into()], ..unit.part("second") },
+        UnitConfig { depends_on: vec!["vps".into()], ..unit.part("monitor") },
+    ];
+    let running = player.play_config(&GuestConfig { units, ..player.config(Act::Spin)? }).await?;
+    let (observer, control) = (running.guest.observer(), player.lifecycle.control());
+    let asked = |words: &str| -> Vec<String> { words.split(", ").map(str::to_owned).collect() };
+    // The guest speaks before what needs the VPs has started; a pause waits for that.
+    control.pause().await?;
+    let started_and_paused =
+        "backup start, second start, monitor start, monitor stop, second stop, backup stop";
+    expect("run and pause", unit.take_notes(), asked(started_and_paused))?;
+    control.reset().await?;
+    expect("reset", unit.take_notes(), asked("backup reset, second reset, monitor reset"))?;
+    control.resume().await?;
+    expect("resume", unit.take_notes(), asked("backup start, second start, monitor start"))?;
+    let graph = observer.unit_graph().await?;
+    let needs = |name: &str| -> Vec<String> {
+        graph.iter().find(|unit| unit.name == name).map(|unit| unit.depends_on.clone()).unwrap_or_default()
+    };
+    expect("backup", needs("backup"), asked("serial"))?;
+    expect("monitor", needs("monitor"), asked("vps"))?;
+    let vps = needs("vps");
+    expect("the VPs", ["backup", "second"].map(|name| vps.iter().any(|other| other == name)), [true; 2])?;
+    let shown = observer.inspect("units/second/unit/id", 0, Rendering::Text).await?;
+    expect("what it shows", &shown[..], "second\n")?;
+    player.lifecycle.stop().await?;
+    expect("stop", unit.take_notes(), asked("monitor stop, second stop, backup stop"))?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)
+}
+
+async fn a_clients_unit_that_refuses_to_start_fails_the_run(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let unit = NotingUnit::default();
+    unit.refuse("start");
+    let config = GuestConfig { units: vec![unit.part("backup")], ..player.config(Act::Spin)? };
+    player.lifecycle.create(&config).await?;
+    let (code, detail) = refused(player.lifecycle.run().await)?;
+    expect("code", code, GuestError::DeviceStartFailure)?;
+    says(&detail, "backup does not start today")
+}
+
+async fn faults_of_a_clients_units_are_listed(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let unit = NotingUnit::default();
+    let create = async |units| {
+        let config = GuestConfig { units, ..player.config(Act::Spin)? };
+        let (code, detail) = refused(player.lifecycle.create(&config).await)?;
+        expect(&detail, code, GuestError::BadConfig)?;
+        anyhow::Ok(detail)
+    };
+    let detail =
+        create(vec![unit.part("a b"), UnitConfig { deadline_ms: 0, ..unit.part("late") }, unit.part("late")])
+            .await?;
+    for words in
+        ["units[0].id: \"a b\" is not", "units[1].deadlineMs: 0", "units[2].id: \"late\" is there before"]
+    {
+        says(&detail, words)?;
+    }
+    let detail = create(vec![
+        unit.part("serial"),
+        UnitConfig { depends_on: vec!["nobody".into()], ..unit.part("one") },
+        UnitConfig { depends_on: vec!["three".into()], ..unit.part("two") },
+        unit.part("three"),
+    ])
+    .await?;
+    for words in ["units[0].id: ", "units[1].dependsOn: there is no unit \"nobody\"", "units[2].dependsOn: "]
+    {
+        says(&detail, words)?;
+    }
+    // Nothing of a refused guest is left in the way of the next.
+    let config = GuestConfig { units: vec![unit.part("serial-2")], ..player.config(Act::Spin)? };
+    player.lifecycle.create(&config).await?;
+    expect("asked", unit.take_notes(), Vec::new())
 }

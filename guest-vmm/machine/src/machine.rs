@@ -13,7 +13,7 @@ use inspect::{Inspect, Inspection, Request, View};
 use processor::{Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError};
 use state_unit::{
     BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
-    TransitionRecord, UnitHandle, UnitView, run_unit,
+    TransitionRecord, UnitBuilder, UnitHandle, UnitView, run_unit,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -75,6 +75,7 @@ pub enum MachineError {
 /// To be ended with [`Machine::destroy`]: dropping it leaves the closing of the partition to whichever thread is last.
 pub struct Machine {
     units: StateUnits,
+    handles: Vec<UnitHandle>,
     view: Arc<MachineView>,
     input: SerialInput,
     tasks: Vec<JoinHandle<()>>,
@@ -173,15 +174,25 @@ impl Machine {
             assembly.add("injected", fault, &["partition"])?;
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
-        let (units, tasks) = assembly.finish();
+        let Assembly { units, handles, tasks, places: _ } = assembly;
         let view = Arc::new(MachineView { vps, units: units.inspector() });
         let input = SerialInput::new(&board.serial);
-        Ok(Self { units, view, input, tasks, partition: shared, memory })
+        Ok(Self { units, handles, view, input, tasks, partition: shared, memory })
     }
 
     /// The machine to look at.
     pub fn view(&self) -> &Arc<MachineView> {
         &self.view
+    }
+
+    /// One of the machine's own units.
+    pub fn unit(&self, name: &str) -> Option<&UnitHandle> {
+        self.handles.iter().find(|unit| unit.name() == name)
+    }
+
+    /// Begins to add a unit that is none of the machine's own, stopped. It moves with them, in the order of its edges.
+    pub fn add_unit(&self, name: &str) -> UnitBuilder<'_> {
+        self.units.add(name)
     }
 
     /// The serial port's input.
@@ -219,9 +230,10 @@ impl Machine {
 
     /// Joins the VPs, removes the units and gives everything back.
     pub async fn destroy(self) {
-        let Self { units, view, input: _, tasks, partition, memory } = self;
+        let Self { units, handles, view, input: _, tasks, partition, memory } = self;
         view.vps.shutdown().await;
         drop(units);
+        drop(handles);
         // Each task ends with its unit's channel, and drops its part of the machine; one that hangs is not waited for.
         let aborts: Vec<_> = tasks.iter().map(JoinHandle::abort_handle).collect();
         if tokio::time::timeout(UNIT_END, join_all(tasks)).await.is_err() {
@@ -300,11 +312,5 @@ impl Assembly {
         let all: Vec<String> = self.handles.iter().map(|handle| handle.name().to_owned()).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         self.add(name, part, &names)
-    }
-
-    /// The set, which keeps its units, and their tasks.
-    fn finish(self) -> (StateUnits, Vec<JoinHandle<()>>) {
-        self.handles.into_iter().for_each(UnitHandle::detach);
-        (self.units, self.tasks)
     }
 }

@@ -3728,7 +3728,7 @@ pub mod unit_config {
         }
         #[inline]
         pub fn get_deadline_ms(self) -> u32 {
-            self.reader.get_data_field::<u32>(0)
+            self.reader.get_data_field_mask::<u32>(0, 5000)
         }
         #[inline]
         pub fn get_when_lost(self) -> ::core::result::Result<crate::config_capnp::LossPolicy,::capnp::NotInSchema> {
@@ -3834,11 +3834,11 @@ pub mod unit_config {
         }
         #[inline]
         pub fn get_deadline_ms(self) -> u32 {
-            self.builder.get_data_field::<u32>(0)
+            self.builder.get_data_field_mask::<u32>(0, 5000)
         }
         #[inline]
         pub fn set_deadline_ms(&mut self, value: u32)  {
-            self.builder.set_data_field::<u32>(0, value);
+            self.builder.set_data_field_mask::<u32>(0, value, 5000);
         }
         #[inline]
         pub fn get_when_lost(self) -> ::core::result::Result<crate::config_capnp::LossPolicy,::capnp::NotInSchema> {
@@ -3916,7 +3916,7 @@ pub mod unit_config {
             ::capnp::word(184, 0, 0, 0, 2, 0, 1, 0),
             ::capnp::word(2, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(0, 0, 1, 0, 2, 0, 0, 0),
-            ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
+            ::capnp::word(1, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(181, 0, 0, 0, 90, 0, 0, 0),
             ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(180, 0, 0, 0, 3, 0, 1, 0),
@@ -3969,7 +3969,7 @@ pub mod unit_config {
             ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-            ::capnp::word(8, 0, 0, 0, 0, 0, 0, 0),
+            ::capnp::word(8, 0, 0, 0, 136, 19, 0, 0),
             ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ::capnp::word(119, 104, 101, 110, 76, 111, 115, 116),

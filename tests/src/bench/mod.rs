@@ -118,6 +118,7 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         cpus: 1,
         memory: MemoryConfig::of_bytes(MEMORY_BYTES),
         on_reset: OnReset::Stop,
+        units: Vec::new(),
     })
 }
 

@@ -82,6 +82,7 @@ fn config(kernel: u64) -> GuestConfig {
         cpus: 1,
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
+        units: Vec::new(),
     }
 }
 

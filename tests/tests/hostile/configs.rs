@@ -47,6 +47,7 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         cpus: 1,
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: guest_schema::OnReset::Restart,
+        units: Vec::new(),
     }
 }
 

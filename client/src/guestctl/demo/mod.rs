@@ -252,6 +252,7 @@ fn config(kernel: Option<FileSource>) -> GuestConfig {
         cpus: 1,
         memory: MemoryConfig::of_bytes(MEMORY),
         on_reset: OnReset::Restart,
+        units: Vec::new(),
     }
 }
 

@@ -142,6 +142,7 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
             lock: run.lock_memory,
         },
         on_reset: run.on_reset.into(),
+        units: Vec::new(),
     }
 }
 
