@@ -79,7 +79,7 @@ interface GuestControl {
   observer @4 () -> (observer :Observer, error :Common.Failure);
 
   powerButton @5 () -> (result :Common.Result);
-  # unimplemented, like all that follow but inspect.
+  # unimplemented, like all that follow but inspect and addUnit.
   nmi @6 () -> (result :Common.Result);
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
   debugger @8 () -> (debugger :AnyPointer, error :Common.Failure);
@@ -87,6 +87,8 @@ interface GuestControl {
   # As Observer.inspect, with what is the guest's own.
   update @10 (path :Text, value :Text) -> (result :Common.Result);
   addUnit @11 (unit :Config.UnitConfig) -> (result :Common.Result);
+  # Lets a client's unit join the guest's, and starts it if they run; if that fails, it is not added. badConfig, notRunning once
+  # the guest has ended, faulted, deviceStartFailure.
 }
 
 interface Observer {

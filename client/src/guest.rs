@@ -8,7 +8,7 @@ use crate::serial::{ByteStream, Callback, SerialOutput};
 use futures::FutureExt;
 use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
 use guest_schema::host_capnp::guest_exit;
-use guest_schema::{Exit, Failure, GuestState, Rendering, Transition, UnitStatus};
+use guest_schema::{Exit, Failure, GuestState, Rendering, Transition, UnitConfig, UnitStatus};
 use std::rc::Rc;
 
 /// The connection that a capability came over, kept open for it; none for what comes over a guest's own channel, which only
@@ -115,6 +115,14 @@ impl Control {
         reset = reset_request;
         /// Halts the guest by force and answers when nothing of it is left.
         stop = stop_request;
+    }
+
+    /// Lets a unit join the guest's state units, and starts it if they run; if that fails, it is not added. `badConfig`,
+    /// `notRunning` once the guest has ended, `faulted`, `deviceStartFailure`.
+    pub fn add_unit(&self, unit: &UnitConfig) -> Call<()> {
+        let mut request = self.client.add_unit_request();
+        unit.write(request.get().init_unit());
+        Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
     }
 
     /// As [`Observer::inspect`], with what is the guest's own: its registers, its command line.

@@ -58,6 +58,8 @@ pub enum Request {
     Resume,
     /// Reset the guest.
     Reset,
+    /// Let a client's unit join the guest's.
+    AddUnit,
 }
 
 /// Why a request is refused.
@@ -111,7 +113,7 @@ pub enum Verdict {
 /// The table. Rows are phases, columns are requests.
 pub fn admit(phase: Phase, request: Request) -> Verdict {
     use Phase::{Changing, Created, Creating, Empty, Faulted, Paused, Running, Stopping};
-    use Request::{Bind, Create, Pause, Reset, Resume, Run, Stop};
+    use Request::{AddUnit, Bind, Create, Pause, Reset, Resume, Run, Stop};
     use Verdict::{Act, Cancel, Done, Join, Refuse, Replace, Wait};
     match (phase, request) {
         (Creating, Stop) => Cancel,
@@ -127,14 +129,15 @@ pub fn admit(phase: Phase, request: Request) -> Verdict {
         (Created | Running | Paused | Changing | Faulted, Bind) => Act,
 
         (Empty, Stop) => Done,
-        (Changing, Stop | Pause | Resume | Reset) => Wait,
+        (Changing, Stop | Pause | Resume | Reset | AddUnit) => Wait,
         (Created | Running | Paused | Faulted, Stop) => Act,
 
-        (Faulted, Pause | Resume | Reset) => Refuse(Refusal::Faulted),
+        (Created | Running | Paused, AddUnit) => Act,
+        (Faulted, Pause | Resume | Reset | AddUnit) => Refuse(Refusal::Faulted),
         (Running, Pause | Reset) | (Paused, Resume | Reset) => Act,
         (Paused, Pause) => Done,
         (Running, Resume) => Refuse(Refusal::NotRunning("the guest is not paused")),
-        (Empty | Created | Stopping, Pause | Resume | Reset) => {
+        (Empty | Stopping, AddUnit) | (Empty | Created | Stopping, Pause | Resume | Reset) => {
             Refuse(Refusal::NotRunning("the guest does not run"))
         }
     }
@@ -212,6 +215,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_unit_may_join_any_guest_that_is_in_order() {
+        for phase in PHASES {
+            let expected = match phase {
+                Phase::Created | Phase::Running | Phase::Paused => "act",
+                Phase::Creating | Phase::Changing => "wait",
+                Phase::Empty | Phase::Stopping => "notRunning",
+                Phase::Faulted => "faulted",
+            };
+            assert_eq!(word(admit(phase, Request::AddUnit)), expected, "{phase:?}");
+        }
+    }
+
     /// A model of a guest that does everything at once: what a driver's phase does between two requests.
     fn after(phase: Phase, request: Request, verdict: Verdict) -> Phase {
         match (verdict, request) {
@@ -233,9 +249,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_asked_stop_leads_to_empty_and_create_to_a_guest(requests in prop::collection::vec(0usize..7, 0..40)) {
+        fn whatever_is_asked_stop_leads_to_empty_and_create_to_a_guest(requests in prop::collection::vec(0usize..8, 0..40)) {
             let all = [
                 Request::Create, Request::Bind, Request::Run, Request::Stop, Request::Pause, Request::Resume, Request::Reset,
+                Request::AddUnit,
             ];
             let mut phase = Phase::Empty;
             for request in requests.into_iter().map(|index| all[index]) {

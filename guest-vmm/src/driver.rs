@@ -11,7 +11,7 @@ use crate::platform::{Host, Platform};
 use crate::vm::{Cancel, Vm, cancelled};
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
-use guest_schema::{Exit, Failure, GuestError, OnReset, Outcome};
+use guest_schema::{Exit, Failure, GuestError, OnReset, Outcome, UnitConfig};
 use processor::{VpHaltReason, VpIndex};
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -34,6 +34,7 @@ pub(crate) enum Command {
     Pause(Reply<()>),
     Resume(Reply<()>),
     Reset(Reply<()>),
+    AddUnit(Box<UnitConfig>, Reply<()>),
     /// As stop; the driver then ends.
     End(&'static str, Reply<()>),
 }
@@ -48,6 +49,7 @@ impl Command {
             Self::Pause(_) => Request::Pause,
             Self::Resume(_) => Request::Resume,
             Self::Reset(_) => Request::Reset,
+            Self::AddUnit(..) => Request::AddUnit,
         }
     }
 
@@ -55,6 +57,7 @@ impl Command {
         let unheard = match self {
             Self::Bind(reply) => reply.send(Err(failure)).is_err(),
             Self::Create(_, reply)
+            | Self::AddUnit(_, reply)
             | Self::Run(reply)
             | Self::Stop(reply)
             | Self::Pause(reply)
@@ -158,6 +161,7 @@ enum Done {
     Started(Vm, Result<(), Failure>),
     Paused(Vm, Result<(), Failure>),
     Resumed(Vm, Result<(), Failure>),
+    UnitStarted(Vm, Result<(), Failure>),
     Reset { vm: Vm, running: bool, result: Result<(), Failure> },
     Destroyed(Result<(), Failure>),
 }
@@ -380,7 +384,22 @@ impl Driver {
                 self.asked = Some(reply);
                 self.reset();
             }
+            Command::AddUnit(unit, reply) => self.add_unit(*unit, reply),
         }
+    }
+
+    /// Where the others run, the new unit is started too.
+    fn add_unit(&mut self, unit: UnitConfig, reply: Reply<()>) {
+        let vm = self.vm.as_mut().expect("these phases have a VM");
+        let added = vm.add_unit(unit);
+        if self.phase != Phase::Running || added.is_err() {
+            return answer(reply, added);
+        }
+        self.asked = Some(reply);
+        self.change(|mut vm| async move {
+            let result = vm.start_added_unit().await;
+            Done::UnitStarted(vm, result)
+        });
     }
 
     /// Hands the VM to an operation between running and paused.
@@ -493,6 +512,10 @@ impl Driver {
             Done::Resumed(vm, result) => {
                 let undone = if vm.is_faulted() { Phase::Faulted } else { Phase::Paused };
                 self.changed(vm, if result.is_ok() { Phase::Running } else { undone }, result);
+            }
+            Done::UnitStarted(vm, result) => {
+                let phase = if vm.is_faulted() { Phase::Faulted } else { Phase::Running };
+                self.changed(vm, phase, result);
             }
             Done::Reset { vm, running, result } => self.reset_done(vm, running, result),
             Done::Destroyed(result) => self.destroyed(&result),

@@ -1,12 +1,12 @@
 //! The VM as the driver has it: made from a config, moved between its states, taken down.
 
-use crate::client_units;
+use crate::client_units::ClientUnits;
 use crate::config::RequestedGuest;
 use crate::files;
 use crate::guest::Guest;
 use crate::platform::Host;
 use crate::serial::SerialLog;
-use guest_schema::{Failure, GuestError, chain};
+use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
 use processor::{VpHaltReason, VpIndex};
@@ -48,8 +48,7 @@ impl Cancel {
 /// A machine and the guest in it.
 pub(crate) struct Vm {
     machine: Machine,
-    /// The client's units, which leave the machine when they are dropped.
-    client_units: client_units::Joined,
+    client_units: ClientUnits,
     halts: mpsc::UnboundedReceiver<Halt>,
     guest: Rc<Guest>,
 }
@@ -73,7 +72,7 @@ impl Vm {
         let flag = cancel.clone();
         let built = host.build(config, log.clone(), sender, move || flag.is_cancelled()).await;
         let machine = built.map_err(|error| build_failure(&error))?;
-        let client_units = match client_units::join(&machine, units) {
+        let client_units = match ClientUnits::join(&machine, units) {
             Ok(joined) => joined,
             Err(failure) => {
                 machine.destroy().await;
@@ -112,6 +111,21 @@ impl Vm {
     pub async fn resume(&self) -> Result<(), Failure> {
         let failed = |error| transition_failure("resume", &error, self.is_faulted());
         self.told("resume", async { self.machine.start().await.map_err(failed) }).await
+    }
+
+    /// Adds a client's unit, stopped.
+    pub fn add_unit(&mut self, unit: UnitConfig) -> Result<(), Failure> {
+        self.client_units.join_one(&self.machine, unit)
+    }
+
+    /// Starts the unit that was added last, while the others run. If it cannot start, it is taken out again.
+    pub async fn start_added_unit(&mut self) -> Result<(), Failure> {
+        let start = async { self.machine.start_stopped_units().await.map_err(|error| start_failure(&error)) };
+        let started = self.told("start", start).await;
+        if started.is_err() {
+            self.client_units.drop_last();
+        }
+        started
     }
 
     /// Stops the units if they run, resets them, and starts them again if they ran.

@@ -62,54 +62,68 @@ impl UnitConfig {
         }
     }
 
+    /// Writes it into a message.
+    pub fn write(&self, mut builder: unit_config::Builder<'_>) {
+        builder.set_id(&self.id[..]);
+        builder.set_deadline_ms(self.deadline_ms);
+        builder.set_when_lost(self.when_lost.into());
+        builder.set_saved_state(self.saved_state.into());
+        builder.set_unit(self.unit.clone());
+        state::write_names(&self.depends_on, builder.init_depends_on(length(&self.depends_on)));
+    }
+
+    /// Reads it from a message, if it makes sense; if not, there are faults.
+    pub fn read(unit: unit_config::Reader<'_>) -> capnp::Result<(Option<Self>, Vec<ConfigFault>)> {
+        let mut faults = Vec::new();
+        let mut fault = |field: &str, problem: String| faults.push(ConfigFault::new(field, problem));
+        let when_lost = unit.get_when_lost().map(LossPolicy::from);
+        let saved_state = unit.get_saved_state().map(SavedStateKind::from);
+        if let Err(unknown) = &when_lost {
+            fault("whenLost", format!("unknown value {}", unknown.0));
+        }
+        if let Err(unknown) = &saved_state {
+            fault("savedState", format!("unknown value {}", unknown.0));
+        }
+        if !unit.has_unit() {
+            fault("unit", "none was given".into());
+        }
+        let (Ok(when_lost), Ok(saved_state), true) = (when_lost, saved_state, unit.has_unit()) else {
+            return Ok((None, faults));
+        };
+        let read = Self {
+            id: lossy(unit.get_id()?),
+            depends_on: state::read_names(unit.get_depends_on()?)?,
+            deadline_ms: unit.get_deadline_ms(),
+            when_lost,
+            saved_state,
+            unit: unit.get_unit()?,
+        };
+        Ok((Some(read), faults))
+    }
+
     pub(crate) fn write_all<'a>(
         units: &[Self],
         init: impl FnOnce(u32) -> struct_list::Builder<'a, unit_config::Owned>,
     ) {
         let mut list = init(length(units));
         for (index, unit) in (0u32..).zip(units) {
-            let mut builder = list.reborrow().get(index);
-            builder.set_id(&unit.id[..]);
-            builder.set_deadline_ms(unit.deadline_ms);
-            builder.set_when_lost(unit.when_lost.into());
-            builder.set_saved_state(unit.saved_state.into());
-            builder.set_unit(unit.unit.clone());
-            state::write_names(&unit.depends_on, builder.init_depends_on(length(&unit.depends_on)));
+            unit.write(list.reborrow().get(index));
         }
     }
 
-    /// Reads those that make sense; the rest are faults.
     pub(crate) fn read_all(
         units: struct_list::Reader<'_, unit_config::Owned>,
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Vec<Self>> {
-        let mut read = Vec::new();
+        let mut all = Vec::new();
         for (index, unit) in units.iter().enumerate() {
-            let mut fault = |field: &str, problem: String| {
-                faults.push(ConfigFault::new(format!("units[{index}].{field}"), problem));
+            let (unit, found) = Self::read(unit)?;
+            all.extend(unit);
+            let place = |fault: ConfigFault| {
+                ConfigFault::new(format!("units[{index}].{}", fault.field), fault.problem)
             };
-            let when_lost = unit.get_when_lost().map(LossPolicy::from);
-            let saved_state = unit.get_saved_state().map(SavedStateKind::from);
-            if let Err(unknown) = &when_lost {
-                fault("whenLost", format!("unknown value {}", unknown.0));
-            }
-            if let Err(unknown) = &saved_state {
-                fault("savedState", format!("unknown value {}", unknown.0));
-            }
-            if !unit.has_unit() {
-                fault("unit", "none was given".into());
-                continue;
-            }
-            let (Ok(when_lost), Ok(saved_state)) = (when_lost, saved_state) else { continue };
-            read.push(Self {
-                id: lossy(unit.get_id()?),
-                depends_on: state::read_names(unit.get_depends_on()?)?,
-                deadline_ms: unit.get_deadline_ms(),
-                when_lost,
-                saved_state,
-                unit: unit.get_unit()?,
-            });
+            faults.extend(found.into_iter().map(place));
         }
-        Ok(read)
+        Ok(all)
     }
 }

@@ -83,6 +83,7 @@ stories! {
     a_clients_units_move_with_the_guest;
     a_clients_unit_that_refuses_to_start_fails_the_run;
     faults_of_a_clients_units_are_listed;
+    a_unit_joins_a_guest_at_any_time;
 }
 
 fn main() -> ExitCode {
@@ -849,4 +850,39 @@ async fn faults_of_a_clients_units_are_listed(stage: Stage) -> Story {
     let config = GuestConfig { units: vec![unit.part("serial-2")], ..player.config(Act::Spin)? };
     player.lifecycle.create(&config).await?;
     expect("asked", unit.take_notes(), Vec::new())
+}
+
+async fn a_unit_joins_a_guest_at_any_time(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let unit = NotingUnit::default();
+    player.lifecycle.create(&player.config(Act::Spin)?).await?;
+    let control = player.lifecycle.control();
+    control.add_unit(&unit.part("early")).await?;
+    expect("created", unit.take_notes(), Vec::new())?;
+    let run = player.lifecycle.run();
+    // Waits for the start of the others, and is started then.
+    control.add_unit(&UnitConfig { depends_on: vec!["early".into()], ..unit.part("late") }).await?;
+    expect("running", unit.take_notes(), vec!["early start".to_owned(), "late start".to_owned()])?;
+    let again = control.add_unit(&unit.part("late")).await;
+    let (code, detail) = refused(again)?;
+    expect(&detail, code, GuestError::BadConfig)?;
+    let other = NotingUnit::default();
+    other.refuse("start");
+    let refusing = control.add_unit(&other.part("refusing")).await;
+    expect("one that does not start", refusal(refusing)?, GuestError::DeviceStartFailure)?;
+    control.pause().await?;
+    expect("paused", unit.take_notes(), vec!["late stop".to_owned(), "early stop".to_owned()])?;
+    control.add_unit(&unit.part("last")).await?;
+    expect("added while paused", unit.take_notes(), Vec::new())?;
+    control.resume().await?;
+    let mut started = unit.take_notes();
+    started.sort();
+    expect("resumed", started, ["early start", "last start", "late start"].map(str::to_owned).to_vec())?;
+    let names: Vec<String> =
+        control.observer().unit_graph().await?.into_iter().map(|unit| unit.name).collect();
+    expect("the refusing one", names.iter().any(|name| name == "refusing"), false)?;
+    player.lifecycle.stop().await?;
+    expect("run", refusal(run.await)?, GuestError::ControllerForcedHalt)?;
+    let after = control.add_unit(&unit.part("after")).await;
+    expect("after its end", refusal(after)?, GuestError::NotRunning)
 }

@@ -205,6 +205,11 @@ impl Machine {
         self.units.start().await
     }
 
+    /// Starts the units that were added while the others run.
+    pub async fn start_stopped_units(&self) -> Result<(), StateTransitionError> {
+        self.units.start_stopped_units().await
+    }
+
     /// Stops all units, to go on later. If one cannot, those that stopped are started again.
     pub async fn pause(&self) -> Result<(), StateTransitionError> {
         self.units.pause().await

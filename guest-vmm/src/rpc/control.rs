@@ -1,10 +1,11 @@
 //! GuestControl: the operator's capability, to the guest of one create.
 
 use super::observer::{Observed, inspected};
+use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
-use guest_schema::Failure;
 use guest_schema::guest_capnp::{guest_control, observer};
+use guest_schema::{Failure, GuestError, UnitConfig};
 use inspect::View;
 use std::rc::Rc;
 
@@ -88,6 +89,23 @@ impl guest_control::Server for Control {
             Ok(tree) => results.get().set_tree(&tree[..]),
             Err(failure) => failure.write(results.get().init_error()),
         }
+        Ok(())
+    }
+    async fn add_unit(
+        self: Rc<Self>,
+        params: guest_control::AddUnitParams,
+        mut results: guest_control::AddUnitResults,
+    ) -> capnp::Result<()> {
+        let (unit, faults) = UnitConfig::read(params.get()?.get_unit()?)?;
+        let added = match (unit, refused(&faults)) {
+            (Some(unit), None) => {
+                self.driver.ask_of(&self.guest, |reply| Command::AddUnit(Box::new(unit), reply)).await
+            }
+            (_, failure) => {
+                Err(failure.unwrap_or_else(|| Failure::new(GuestError::BadConfig, "no unit was given")))
+            }
+        };
+        Failure::write_result(&added, results.get().init_result());
         Ok(())
     }
 }

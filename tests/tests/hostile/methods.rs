@@ -84,7 +84,9 @@ async fn of_the_control(control: &guest_control::Client) -> Story {
     unimplemented("snapshot", control.snapshot_request().send().promise).await?;
     unimplemented("debugger", control.debugger_request().send().promise).await?;
     unimplemented("update", control.update_request().send().promise).await?;
-    unimplemented("addUnit", control.add_unit_request().send().promise).await
+    let answer = control.add_unit_request().send().promise.await?;
+    let failure = Failure::read_result(answer.get()?.get_result()?)?.err();
+    expect("a unit that is none", failure.map(|failure| failure.code), Some(GuestError::BadConfig))
 }
 
 /// A subscription to nowhere, and a look at what no tree has, are refused.
