@@ -296,7 +296,7 @@ async fn what_is_not_supported_is_listed() -> Story {
         "vsock: not supported",
         "balloon: not supported",
         "mem: not supported",
-        "units: not supported",
+        "units[0].unit: none was given",
         "gpu: not supported",
         "sound: not supported",
         "wayland: not supported",
