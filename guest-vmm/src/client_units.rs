@@ -64,8 +64,8 @@ impl ClientUnits {
         let mut joined = Self::default();
         let mut faults = Vec::new();
         for (index, config) in units.into_iter().enumerate() {
-            if let Err((field, problem)) = joined.add(machine, config) {
-                faults.push(ConfigFault::new(format!("units[{index}].{field}"), problem));
+            if let Err(fault) = joined.add(machine, config) {
+                faults.push(fault.of_unit(index));
             }
         }
         crate::config::refused(&faults).map_or(Ok(joined), Err)
@@ -79,9 +79,9 @@ impl ClientUnits {
             found.push(ConfigFault::new("units", format!("there are {MAX_UNITS} already")));
         }
         if found.is_empty()
-            && let Err((field, problem)) = self.add(machine, config)
+            && let Err(fault) = self.add(machine, config)
         {
-            found.push(ConfigFault::new(field, problem));
+            found.push(fault);
         }
         crate::config::refused(&found).map_or(Ok(()), Err)
     }
@@ -91,12 +91,13 @@ impl ClientUnits {
         self.0.pop();
     }
 
-    fn add(&mut self, machine: &Machine, config: UnitConfig) -> Result<(), (&'static str, String)> {
+    fn add(&mut self, machine: &Machine, config: UnitConfig) -> Result<(), ConfigFault> {
         let mut builder = machine.add_unit(&config.id);
         let mut needs_vps = false;
         for name in &config.depends_on {
             let (with_edge, behind) = self.depend(machine, builder, name).ok_or_else(|| {
-                ("dependsOn", format!("there is no unit {name:?} among the guest's and those before"))
+                let problem = format!("there is no unit {name:?} among the guest's and those before");
+                ConfigFault::new("dependsOn", problem)
             })?;
             builder = with_edge;
             needs_vps |= behind;
@@ -108,7 +109,7 @@ impl ClientUnits {
         let options = options(deadline_ms, when_lost, saved_state);
         let unit = RemoteUnit::join(builder, unit, options).map_err(|error| {
             let field = if matches!(error, BuildError::NameInUse(_)) { "id" } else { "dependsOn" };
-            (field, error.to_string())
+            ConfigFault::new(field, error.to_string())
         })?;
         self.0.push(Member { id, unit, needs_vps });
         Ok(())

@@ -1,6 +1,6 @@
 //! What became of a guest: kept for late subscribers, and never waited for.
 
-use crate::shown::micros;
+use crate::shown::{micros, since_1970};
 use guest_schema::guest_capnp::event_sink;
 use guest_schema::{Event, EventKind, Exit, Failure, Phase, TransitionEnd};
 use std::cell::{Cell, RefCell};
@@ -93,8 +93,8 @@ impl Ring {
         if self.closed {
             return;
         }
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.events.push_back(Event { sequence: self.next, missed: 0, at_us: micros(since_1970), kind });
+        let at_us = since_1970(SystemTime::now());
+        self.events.push_back(Event { sequence: self.next, missed: 0, at_us, kind });
         self.next += 1;
         let excess = self.events.len().saturating_sub(KEPT);
         self.events.drain(..excess);

@@ -130,7 +130,7 @@ impl Guest {
             phase: self.phase.get(),
             vps: vps.into_iter().map(shown::vp).collect(),
             units: self.units(),
-            uptime_us: u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX),
+            uptime_us: shown::micros(uptime),
             resets: self.resets.get(),
         }
     }

@@ -31,10 +31,9 @@ fn names(names: &[Arc<str>]) -> Vec<String> {
 }
 
 pub(crate) fn transition(record: &TransitionRecord) -> Transition {
-    let since_1970 = record.began_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Transition {
         operation: record.operation.to_string(),
-        began_at_us: micros(since_1970),
+        began_at_us: since_1970(record.began_at),
         units: record.units.iter().map(step).collect(),
     }
 }
@@ -58,6 +57,11 @@ fn step(record: &UnitRecord) -> UnitStep {
         outcome,
         detail,
     }
+}
+
+/// A moment in µs since 1970 (UTC).
+pub(crate) fn since_1970(moment: SystemTime) -> u64 {
+    micros(moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
 /// A time in µs, as the protocol counts it.

@@ -97,20 +97,22 @@ impl Vm {
     }
 
     pub async fn start(&self) -> Result<(), Failure> {
-        self.told("start", async { self.machine.start().await.map_err(|error| start_failure(&error)) })
-            .await?;
+        told(&self.guest, "start", async {
+            self.machine.start().await.map_err(|error| start_failure(&error))
+        })
+        .await?;
         self.guest.was_started();
         Ok(())
     }
 
     pub async fn pause(&self) -> Result<(), Failure> {
         let failed = |error| transition_failure("pause", &error, self.is_faulted());
-        self.told("pause", async { self.machine.pause().await.map_err(failed) }).await
+        told(&self.guest, "pause", async { self.machine.pause().await.map_err(failed) }).await
     }
 
     pub async fn resume(&self) -> Result<(), Failure> {
         let failed = |error| transition_failure("resume", &error, self.is_faulted());
-        self.told("resume", async { self.machine.start().await.map_err(failed) }).await
+        told(&self.guest, "resume", async { self.machine.start().await.map_err(failed) }).await
     }
 
     /// Adds a client's unit, stopped.
@@ -121,7 +123,7 @@ impl Vm {
     /// Starts the unit that was added last, while the others run. If it cannot start, it is taken out again.
     pub async fn start_added_unit(&mut self) -> Result<(), Failure> {
         let start = async { self.machine.start_stopped_units().await.map_err(|error| start_failure(&error)) };
-        let started = self.told("start", start).await;
+        let started = told(&self.guest, "start", start).await;
         if started.is_err() {
             self.client_units.drop_last();
         }
@@ -158,7 +160,7 @@ impl Vm {
     /// Stops what runs and takes everything down, also if something cannot be stopped.
     pub async fn stop_and_destroy(self) -> Result<(), Failure> {
         let failed = |error| transition_failure("stop", &error, false);
-        let stopped = self.told("stop", async { self.machine.stop().await.map_err(failed) }).await;
+        let stopped = told(&self.guest, "stop", async { self.machine.stop().await.map_err(failed) }).await;
         self.destroy().await;
         stopped
     }
@@ -167,14 +169,6 @@ impl Vm {
         let Self { machine, client_units, halts: _, guest: _ } = self;
         drop(client_units);
         machine.destroy().await;
-    }
-
-    async fn told(
-        &self,
-        operation: &str,
-        transition: impl Future<Output = Result<(), Failure>>,
-    ) -> Result<(), Failure> {
-        told(&self.guest, operation, transition).await
     }
 }
 

@@ -22,6 +22,14 @@ impl ConfigFault {
     }
 }
 
+impl ConfigFault {
+    /// The same fault, of the unit at this place in `GuestConfig.units`.
+    #[must_use]
+    pub fn of_unit(self, index: usize) -> Self {
+        Self { field: format!("units[{index}].{}", self.field), ..self }
+    }
+}
+
 impl fmt::Display for ConfigFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.field, self.problem)

@@ -198,6 +198,17 @@ pub enum Outcome {
     Crashed,
 }
 
+impl Outcome {
+    /// The name in the schema.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Clean => "clean",
+            Self::Forced => "forced",
+            Self::Crashed => "crashed",
+        }
+    }
+}
+
 /// How a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exit {

@@ -72,8 +72,8 @@ impl UnitConfig {
         state::write_names(&self.depends_on, builder.init_depends_on(length(&self.depends_on)));
     }
 
-    /// Reads it from a message, if it makes sense; if not, there are faults.
-    pub fn read(unit: unit_config::Reader<'_>) -> capnp::Result<(Option<Self>, Vec<ConfigFault>)> {
+    /// Reads it from a message. Faults are what makes no sense there; they are never empty.
+    pub fn read(unit: unit_config::Reader<'_>) -> capnp::Result<Result<Self, Vec<ConfigFault>>> {
         let mut faults = Vec::new();
         let mut fault = |field: &str, problem: String| faults.push(ConfigFault::new(field, problem));
         let when_lost = unit.get_when_lost().map(LossPolicy::from);
@@ -88,7 +88,7 @@ impl UnitConfig {
             fault("unit", "none was given".into());
         }
         let (Ok(when_lost), Ok(saved_state), true) = (when_lost, saved_state, unit.has_unit()) else {
-            return Ok((None, faults));
+            return Ok(Err(faults));
         };
         let read = Self {
             id: lossy(unit.get_id()?),
@@ -98,7 +98,7 @@ impl UnitConfig {
             saved_state,
             unit: unit.get_unit()?,
         };
-        Ok((Some(read), faults))
+        Ok(Ok(read))
     }
 
     pub(crate) fn write_all<'a>(
@@ -117,12 +117,10 @@ impl UnitConfig {
     ) -> capnp::Result<Vec<Self>> {
         let mut all = Vec::new();
         for (index, unit) in units.iter().enumerate() {
-            let (unit, found) = Self::read(unit)?;
-            all.extend(unit);
-            let place = |fault: ConfigFault| {
-                ConfigFault::new(format!("units[{index}].{}", fault.field), fault.problem)
-            };
-            faults.extend(found.into_iter().map(place));
+            match Self::read(unit)? {
+                Ok(unit) => all.push(unit),
+                Err(found) => faults.extend(found.into_iter().map(|fault| fault.of_unit(index))),
+            }
         }
         Ok(all)
     }

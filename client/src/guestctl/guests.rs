@@ -78,11 +78,7 @@ pub async fn info(host: &Host, json: bool, out: &Out) -> Outcome {
 pub async fn wait(host: &Host, id: &str, out: &Out) -> Outcome {
     let found = host.find(id).await?;
     let exit = found.exit.terminated().await?;
-    let how = match exit.outcome {
-        Ended::Clean => "clean",
-        Ended::Forced => "forced",
-        Ended::Crashed => "crashed",
-    };
+    let how = exit.outcome.name();
     let failure = exit.failure().map_or_else(|| exit.detail.clone(), |failure| failure.to_string());
     let reason = if failure.is_empty() { String::new() } else { format!(": {failure}") };
     out.write(format!("{} has ended: {how}{reason}\n", found.id).as_bytes())?;

@@ -106,11 +106,6 @@ impl MachineView {
         self.units.timeline()
     }
 
-    /// The set of state units.
-    pub fn inspector(&self) -> &StateUnitsInspector {
-        &self.units
-    }
-
     /// Begins to inspect what is at `path`, with `depth` levels of children below it.
     ///
     /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity` and `registers`. What

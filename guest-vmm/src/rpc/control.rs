@@ -5,7 +5,7 @@ use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
 use guest_schema::guest_capnp::{guest_control, observer};
-use guest_schema::{Failure, GuestError, UnitConfig};
+use guest_schema::{Failure, UnitConfig};
 use inspect::View;
 use std::rc::Rc;
 
@@ -96,14 +96,11 @@ impl guest_control::Server for Control {
         params: guest_control::AddUnitParams,
         mut results: guest_control::AddUnitResults,
     ) -> capnp::Result<()> {
-        let (unit, faults) = UnitConfig::read(params.get()?.get_unit()?)?;
-        let added = match (unit, refused(&faults)) {
-            (Some(unit), None) => {
+        let added = match UnitConfig::read(params.get()?.get_unit()?)? {
+            Ok(unit) => {
                 self.driver.ask_of(&self.guest, |reply| Command::AddUnit(Box::new(unit), reply)).await
             }
-            (_, failure) => {
-                Err(failure.unwrap_or_else(|| Failure::new(GuestError::BadConfig, "no unit was given")))
-            }
+            Err(faults) => refused(&faults).map_or(Ok(()), Err),
         };
         Failure::write_result(&added, results.get().init_result());
         Ok(())

@@ -10,7 +10,7 @@ use crate::run::{builtin_guest, in_memory};
 use crate::service::{self, Launcher};
 use guest_client::{
     Control, Exit, FileSource, Guest, GuestConfig, GuestError, GuestState, Launched, Lifecycle, MemoryConfig,
-    OnReset, Outcome as How,
+    OnReset,
 };
 use paper::{Expected, Paper, in_words};
 use serial::Serial;
@@ -265,12 +265,7 @@ fn said(line: &String) -> String {
 }
 
 fn show_how(exit: &Exit) -> String {
-    let how = match exit.outcome {
-        How::Clean => "clean",
-        How::Forced => "forced",
-        How::Crashed => "crashed",
-    };
-    format!("ok: {how}")
+    format!("ok: {}", exit.outcome.name())
 }
 
 fn show_exit(exit: &Exit) -> String {

@@ -1,6 +1,6 @@
 //! Events as lines for people and for programs.
 
-use guest_client::{Event, EventKind, Outcome};
+use guest_client::{Event, EventKind};
 use serde_json::{Value, json};
 
 /// One line for people: when (UTC), and what.
@@ -21,16 +21,8 @@ fn what(kind: &EventKind) -> String {
         }
         EventKind::Terminated(exit) => {
             let detail = if exit.detail.is_empty() { String::new() } else { format!(": {}", exit.detail) };
-            format!("terminated, {}{detail}", outcome(exit.outcome))
+            format!("terminated, {}{detail}", exit.outcome.name())
         }
-    }
-}
-
-fn outcome(outcome: Outcome) -> &'static str {
-    match outcome {
-        Outcome::Clean => "clean",
-        Outcome::Forced => "forced",
-        Outcome::Crashed => "crashed",
     }
 }
 
@@ -49,7 +41,7 @@ pub fn as_json(event: &Event) -> String {
             "duration_us": end.duration_us,
             "failure": end.failure.as_ref().map_or(Value::Null, |failure| json!(failure.chain())),
         }),
-        EventKind::Terminated(exit) => json!({"terminated": outcome(exit.outcome), "detail": exit.detail}),
+        EventKind::Terminated(exit) => json!({"terminated": exit.outcome.name(), "detail": exit.detail}),
     };
     format!("{object}\n")
 }

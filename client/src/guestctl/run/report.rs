@@ -116,7 +116,7 @@ impl Report {
         let (outcome, code, detail, log) = match &self.ended {
             Ended::Refused(failure) => ("refused", Some(failure.code), failure.detail.as_str(), ""),
             Ended::Lost(text) => ("lost", None, text.as_str(), ""),
-            Ended::Exit(exit) => (name(exit.outcome), exit.code, exit.detail.as_str(), exit.log.as_str()),
+            Ended::Exit(exit) => (exit.outcome.name(), exit.code, exit.detail.as_str(), exit.log.as_str()),
         };
         let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
         json!({
@@ -129,14 +129,6 @@ impl Report {
 /// Whether the VMM could not have a virtual machine from its host at all.
 fn is_no_kvm(failure: &Failure) -> bool {
     failure.code == GuestError::GuestInitializationFailure && failure.detail.contains("/dev/kvm")
-}
-
-fn name(outcome: How) -> &'static str {
-    match outcome {
-        How::Clean => "clean",
-        How::Forced => "forced",
-        How::Crashed => "crashed",
-    }
 }
 
 #[cfg(test)]
