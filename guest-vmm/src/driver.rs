@@ -477,8 +477,12 @@ impl Driver {
 
     fn halted(&mut self, vp: VpIndex, reason: VpHaltReason) {
         match reason {
-            VpHaltReason::Stop => tracing::debug!(%vp, "a VP stopped by itself"),
+            VpHaltReason::Stop | VpHaltReason::Cancel => tracing::debug!(%vp, "a VP stopped by itself"),
+            VpHaltReason::SingleStep | VpHaltReason::HwBreak(_) => {
+                tracing::debug!(%vp, ?reason, "a VP stopped for a debugger that is gone");
+            }
             VpHaltReason::PowerOff => self.end(Ending::clean("the guest powered itself off")),
+            VpHaltReason::Hibernate => self.end(Ending::clean("the guest hibernated itself")),
             VpHaltReason::Reset if self.on_reset == OnReset::Stop => {
                 self.end(Ending::clean("the guest reset itself, which ends it"));
             }
@@ -486,7 +490,7 @@ impl Driver {
                 tracing::debug!("the guest reset itself");
                 self.reset();
             }
-            VpHaltReason::Fault(fault) => {
+            VpHaltReason::Fault(fault) | VpHaltReason::TripleFault(fault) => {
                 let mut detail = fault.to_string();
                 if let Some(registers) = &fault.registers {
                     detail = format!("{detail}; {registers}");

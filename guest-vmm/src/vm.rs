@@ -9,7 +9,7 @@ use crate::serial::SerialLog;
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
-use processor::{VpHaltReason, VpIndex};
+use processor::{TimePolicy, VpHaltReason, VpIndex};
 use state_unit::StateTransitionError;
 use std::error::Error;
 use std::rc::Rc;
@@ -198,6 +198,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
     };
     Ok(MachineConfig {
         vps: config.cpus,
+        time: TimePolicy::default(),
         memory_bytes: config.memory.bytes,
         memory: MemoryOptions {
             huge_pages: config.memory.huge_pages,

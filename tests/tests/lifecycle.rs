@@ -756,11 +756,11 @@ async fn only_an_operator_sees_what_is_the_guests_own(stage: Stage) -> Story {
     let memory = &shown["units"]["memory"]["unit"];
     expect("memory", memory["bytes"].as_u64(), Some(player.config(Act::Spin)?.memory.bytes))?;
     expect("the VP", shown["vps"]["0"].get("activity").is_some(), true)?;
-    let secrets = [&shown["vps"]["0"]["registers"], &memory["boot"]["command_line"]];
+    let secrets = [&shown["vps"]["0"]["state"], &memory["boot"]["command_line"]];
     expect("secrets", secrets.map(serde_json::Value::is_null), [true; 2])?;
-    let registers = observer.inspect("vps/0/registers", 1, Rendering::Json).await;
+    let registers = observer.inspect("vps/0/state", 1, Rendering::Json).await;
     expect("registers", refusal(registers)?, GuestError::BadConfig)?;
-    control.inspect("vps/0/registers", 1, Rendering::Json).await?;
+    control.inspect("vps/0/state", 1, Rendering::Json).await?;
     let text = control.inspect("units/vps/unit_state", 0, Rendering::Text).await?;
     expect("text", &text[..], "running\n")?;
     let (code, detail) = refused(control.inspect("units/nobody", 0, Rendering::Text).await)?;

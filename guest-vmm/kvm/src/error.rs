@@ -1,6 +1,7 @@
 //! What can go wrong with a VP, and the names of calls that fail.
 
-use processor::PartitionError;
+use processor::{NotSupported, PartitionError, StateAccessError, VpStateKind};
+use std::fmt::Write;
 use std::io;
 
 /// What can go wrong when a VP's state is read or written.
@@ -18,6 +19,28 @@ pub enum KvmError {
     /// The host reports a state of the VP that no x86 processor has.
     #[error("KVM reports the multiprocessing state {0}, which no x86 VP has")]
     MpState(u32),
+    /// A model-specific register is to be set that this host's VPs do not have.
+    #[error("this host has no MSR {index:#x}, whose value was {value:#x}")]
+    NoMsr {
+        /// Its number.
+        index: u32,
+        /// The value that it had.
+        value: u64,
+    },
+    /// The time-stamp counter cannot count as often as it did.
+    #[error("the TSC counted at {wanted} kHz, and this host's counts at {host} kHz and cannot be scaled")]
+    TscFrequency {
+        /// In kHz.
+        wanted: u32,
+        /// In kHz.
+        host: u32,
+    },
+    /// Several states were to be set or read.
+    #[error(transparent)]
+    States(#[from] Box<StateAccessError<VpStateKind>>),
+    /// KVM has no such thing.
+    #[error(transparent)]
+    NotSupported(#[from] NotSupported),
     /// A model-specific register could not be given a value that it has had before.
     #[error("MSR {index:#x} does not take its value {value:#x} back")]
     Msr {
@@ -26,6 +49,25 @@ pub enum KvmError {
         /// The value.
         value: u64,
     },
+}
+
+impl KvmError {
+    /// Its text with those of its causes.
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            write!(text, ": {error}").expect("a string takes everything");
+            cause = error.source();
+        }
+        text
+    }
+}
+
+impl From<StateAccessError<VpStateKind>> for KvmError {
+    fn from(error: StateAccessError<VpStateKind>) -> Self {
+        Self::States(Box::new(error))
+    }
 }
 
 /// The result of an ioctl on a VP, with the ioctl's name.

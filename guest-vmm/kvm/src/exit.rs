@@ -57,6 +57,10 @@ pub(crate) enum Exit {
         reason: u64,
         cpu: u32,
     },
+    /// What a debugger has asked for, by DR6.
+    Debug {
+        dr6: u64,
+    },
     /// Nothing that this crate has switched on.
     Other {
         reason: u32,
@@ -64,11 +68,10 @@ pub(crate) enum Exit {
 }
 
 /// The names of exits that end a VP, as KVM's header has them.
-const NAMES: [(u32, &str); 20] = [
+const NAMES: [(u32, &str); 19] = [
     (KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN"),
     (KVM_EXIT_EXCEPTION, "KVM_EXIT_EXCEPTION"),
     (KVM_EXIT_HYPERCALL, "KVM_EXIT_HYPERCALL"),
-    (KVM_EXIT_DEBUG, "KVM_EXIT_DEBUG"),
     (KVM_EXIT_HLT, "KVM_EXIT_HLT"),
     (KVM_EXIT_IRQ_WINDOW_OPEN, "KVM_EXIT_IRQ_WINDOW_OPEN"),
     (KVM_EXIT_INTR, "KVM_EXIT_INTR"),

@@ -17,6 +17,9 @@ pub(crate) fn reason(exit: Exit) -> String {
         ),
         Exit::InternalError { suberror, emulation } => internal_error(suberror, emulation),
         Exit::SystemEvent { kind } => format!("system event {} (KVM_EXIT_SYSTEM_EVENT)", system_event(kind)),
+        Exit::Debug { dr6 } => {
+            format!("an exit for a debugger, of which there is none (KVM_EXIT_DEBUG): DR6 {dr6:#x}")
+        }
         Exit::Other { reason } => match name(reason) {
             Some(name) => format!("an exit that nothing handles: {name}"),
             None => format!("an exit that nothing handles and KVM has had no name for: {reason}"),
@@ -67,8 +70,9 @@ mod tests {
         assert_eq!(reason(Exit::InternalError { suberror: 1, emulation }), text);
         let none = reason(Exit::InternalError { suberror: 99, emulation: None });
         assert_eq!(none, "KVM cannot go on (KVM_EXIT_INTERNAL_ERROR): suberror 99, of no known name");
-        let debug = reason(Exit::Other { reason: KVM_EXIT_DEBUG });
-        assert_eq!(debug, "an exit that nothing handles: KVM_EXIT_DEBUG");
+        let hypercall = reason(Exit::Other { reason: KVM_EXIT_HYPERCALL });
+        assert_eq!(hypercall, "an exit that nothing handles: KVM_EXIT_HYPERCALL");
+        assert!(reason(Exit::Debug { dr6: 0xffff_4ff0 }).ends_with("(KVM_EXIT_DEBUG): DR6 0xffff4ff0"));
         assert!(reason(Exit::Other { reason: 4711 }).ends_with(": 4711"));
         assert!(reason(Exit::FailEntry { reason: 0x8000_0021, cpu: 1 }).contains("0x80000021 on CPU 1"));
         assert!(reason(Exit::SystemEvent { kind: KVM_SYSTEM_EVENT_CRASH }).contains("crash"));

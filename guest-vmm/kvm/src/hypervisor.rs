@@ -3,12 +3,15 @@
 // UNSAFETY: a descriptor that somebody else has opened becomes the device.
 #![expect(unsafe_code, reason = "a descriptor that somebody else has opened becomes the device")]
 
-use crate::error::{Named, io_error};
+use crate::error::{KvmError, Named, io_error};
 use crate::partition::KvmPartition;
+use crate::tsc;
 use crate::unavailable::cannot_open;
 use crate::vp::KvmBinder;
-use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use processor::{Hypervisor, NewPartition, PartitionConfig, PartitionError, VpIndex};
 use std::fs::OpenOptions;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -19,7 +22,7 @@ use std::sync::{Arc, OnceLock};
 const MAX_VPS: u32 = 254;
 
 /// What every guest needs.
-const REQUIRED: [(Cap, &str); 13] = [
+const REQUIRED: [(Cap, &str); 16] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
@@ -28,6 +31,9 @@ const REQUIRED: [(Cap, &str); 13] = [
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
     (Cap::Xsave, "KVM_CAP_XSAVE"),
     (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
+    (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
@@ -42,8 +48,23 @@ pub(crate) struct Host {
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     pub(crate) tsc_deadline: bool,
     pub(crate) run_size: usize,
-    /// The MSRs of a VP that can be read; known when the first VP has been bound.
+    /// In bytes.
+    pub(crate) xsave_size: usize,
+    /// Whether interrupts can be held back from a VP that is single-stepped.
+    pub(crate) debug_blocks_interrupts: bool,
+    /// The MSRs of a VP that can be read; known, as all that follows, when the first VP has been bound.
     pub(crate) msrs: OnceLock<Vec<u32>>,
+    /// The flags with which a VP's events are reported.
+    pub(crate) event_flags: OnceLock<u32>,
+    tsc: OnceLock<HostTsc>,
+}
+
+/// What a new VP's time-stamp counter is like.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HostTsc {
+    pub(crate) khz: u32,
+    /// Whether it is not the host's own.
+    pub(crate) is_virtual: bool,
 }
 
 impl Host {
@@ -55,9 +76,35 @@ impl Host {
             cpuid: cpuid.as_slice().to_vec(),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             run_size: kvm.get_vcpu_mmap_size().for_partition("KVM_GET_VCPU_MMAP_SIZE")?,
+            xsave_size: usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
+            debug_blocks_interrupts: blocks_interrupts(&kvm),
             msrs: OnceLock::new(),
+            event_flags: OnceLock::new(),
+            tsc: OnceLock::new(),
             kvm,
         })
+    }
+
+    /// What a new VP's time-stamp counter is like, read from the first.
+    pub(crate) fn learn_tsc(&self, vcpu: &VcpuFd) -> Result<HostTsc, KvmError> {
+        match self.tsc.get() {
+            Some(known) => Ok(*known),
+            None => {
+                let khz = tsc::frequency(vcpu)?;
+                // Another VP may have been first; it has read the same.
+                Ok(*self.tsc.get_or_init(|| HostTsc { khz, is_virtual: tsc::is_virtual(vcpu) }))
+            }
+        }
+    }
+
+    /// The frequency of a VP's time-stamp counter that nobody has set, in kHz. 0 before a VP was bound.
+    pub(crate) fn tsc_khz(&self) -> u32 {
+        self.tsc.get().map_or(0, |tsc| tsc.khz)
+    }
+
+    /// Whether a VP's time-stamp counter is not the host's own. False before a VP was bound.
+    pub(crate) fn has_virtual_tsc(&self) -> bool {
+        self.tsc.get().is_some_and(|tsc| tsc.is_virtual)
     }
 
     /// The CPU's vendor as CPUID spells it.
@@ -79,6 +126,11 @@ impl Host {
     pub(crate) fn needs_identity_map(&self) -> bool {
         &self.vendor() == b"GenuineIntel"
     }
+}
+
+fn blocks_interrupts(kvm: &Kvm) -> bool {
+    let flags = kvm.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into());
+    u32::try_from(flags).is_ok_and(|flags| flags & KVM_GUESTDBG_BLOCKIRQ != 0)
 }
 
 fn check(kvm: &Kvm) -> Result<(), PartitionError> {

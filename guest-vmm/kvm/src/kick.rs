@@ -80,9 +80,12 @@ impl Kick {
     }
 }
 
-/// Where the partition finds the kick of a VP.
+/// Where the partition finds the kick of a VP, and leaves it what only the VP's own thread can do.
 #[derive(Default)]
-pub(crate) struct KickSlot(Mutex<Slot>);
+pub(crate) struct KickSlot {
+    slot: Mutex<Slot>,
+    nmi: AtomicBool,
+}
 
 #[derive(Default)]
 struct Slot {
@@ -94,7 +97,7 @@ struct Slot {
 impl KickSlot {
     /// A panic of another thread leaves the slot whole: it is only set and taken.
     fn lock(&self) -> MutexGuard<'_, Slot> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Kicks the VP. One that is not bound yet does not enter the guest when it is first run.
@@ -104,6 +107,17 @@ impl KickSlot {
             Some(kick) => kick.kick(),
             None => slot.early = true,
         }
+    }
+
+    /// Has the VP take a non-maskable interrupt.
+    pub(crate) fn send_nmi(&self) {
+        self.nmi.store(true, Ordering::Release);
+        self.kick();
+    }
+
+    /// Whether the VP is to take a non-maskable interrupt.
+    pub(crate) fn take_nmi(&self) -> bool {
+        self.nmi.swap(false, Ordering::AcqRel)
     }
 
     /// The VP is bound.

@@ -6,14 +6,19 @@
 use crate::error::{Named, io_error};
 use crate::hypervisor::{Host, create_vm};
 use crate::kick::KickSlot;
-use crate::routes::{PINS, Routes};
+use crate::routes::Routes;
+use crate::time::{Time, since_1970};
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
-use processor::{MsiRequest, Partition, PartitionConfig, PartitionError, VpIndex};
+use processor::{
+    AccessPartitionState, Clock, DebugCapabilities, ErasedPartitionState, IOAPIC_PINS, IrqRoutes, MsiRequest,
+    Partition, PartitionConfig, PartitionError, PartitionStateKind, VpIndex, Vtl,
+};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 /// Three pages that VT-x uses for real mode, below the firmware's place where no machine has memory.
@@ -27,6 +32,7 @@ pub(crate) struct KvmPartition {
     pub(crate) vm: VmFd,
     pub(crate) host: Arc<Host>,
     pub(crate) vps: Vec<KickSlot>,
+    pub(crate) time: Time,
     routes: Mutex<Routes>,
     _memory: GuestMemoryMmap,
 }
@@ -42,7 +48,8 @@ impl KvmPartition {
         add_memory(&vm, &config.memory)?;
         split_irqchip(&vm)?;
         let vps = (0..config.vp_count).map(|_| KickSlot::default()).collect();
-        Ok(Self { vm, host, vps, routes: Mutex::default(), _memory: config.memory.clone() })
+        let time = Time::new(config.time);
+        Ok(Self { vm, host, vps, time, routes: Mutex::default(), _memory: config.memory.clone() })
     }
 
     /// A panic of another thread leaves the table whole: it is only replaced.
@@ -83,7 +90,7 @@ fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), PartitionError>
 
 fn split_irqchip(vm: &VmFd) -> Result<(), PartitionError> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-    cap.args[0] = u64::from(PINS);
+    cap.args[0] = IOAPIC_PINS as u64;
     vm.enable_cap(&cap).for_partition("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)")
 }
 
@@ -115,15 +122,73 @@ impl Partition for KvmPartition {
     fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>) -> Result<(), PartitionError> {
         let mut routes = self.routes();
         if !routes.set(pin, request) {
-            let source = io::Error::other(format!("pin {pin}, and there are {PINS}"));
+            let source = io::Error::other(format!("pin {pin}, and there are {IOAPIC_PINS}"));
             return Err(PartitionError::Call { call: "setting an IOAPIC route", source });
         }
         self.update_routes(&mut routes)
     }
 
+    fn inject_nmi(&self, vp: VpIndex) {
+        if let Some(slot) = self.vps.get(vp.0 as usize) {
+            slot.send_nmi();
+        }
+    }
+
+    fn debug_capabilities(&self) -> DebugCapabilities {
+        DebugCapabilities { single_step: true, breakpoints: 4, watchpoints: true }
+    }
+
+    fn stop_time(&self) -> Result<(), PartitionError> {
+        self.time.stop(&self.vm)
+    }
+
+    fn start_time(&self) -> Result<(), PartitionError> {
+        self.time.start(&self.vm, &self.host)
+    }
+
+    fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {
+        Box::new(KvmPartitionState(self))
+    }
+
     fn reset(&self) -> Result<(), PartitionError> {
+        let zero = Clock { elapsed: Duration::ZERO, host_time: since_1970() };
+        self.time.set_clock(&self.vm, zero)?;
+        self.scrub(Vtl::Vtl0)
+    }
+
+    fn scrub(&self, vtl: Vtl) -> Result<(), PartitionError> {
+        vtl.only_vtl0()?;
         let mut routes = self.routes();
-        routes.clear();
+        routes.set_all(&IrqRoutes::default());
         self.update_routes(&mut routes)
+    }
+}
+
+/// The state of a partition. KVM has all of the table.
+struct KvmPartitionState<'a>(&'a KvmPartition);
+
+impl AccessPartitionState for KvmPartitionState<'_> {
+    type Error = PartitionError;
+
+    fn supports(&self, _: PartitionStateKind) -> bool {
+        true
+    }
+
+    fn clock(&mut self) -> Result<Clock, PartitionError> {
+        self.0.time.clock(&self.0.vm)
+    }
+
+    fn set_clock(&mut self, value: &Clock) -> Result<(), PartitionError> {
+        self.0.time.set_clock(&self.0.vm, *value)
+    }
+
+    fn irq_routes(&mut self) -> Result<IrqRoutes, PartitionError> {
+        Ok(self.0.routes().all())
+    }
+
+    fn set_irq_routes(&mut self, value: &IrqRoutes) -> Result<(), PartitionError> {
+        let mut routes = self.0.routes();
+        routes.set_all(value);
+        self.0.update_routes(&mut routes)
     }
 }

@@ -6,40 +6,43 @@
 //! as seldom as can be: for a new level-triggered route only. One that is gone stays in KVM's table until the next time, since an end too many does no harm: the IOAPIC knows its pins.
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry};
-use processor::MsiRequest;
-
-/// The pins of the IOAPIC.
-pub(crate) const PINS: u8 = 24;
-
-/// The pins' level-triggered routes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Table([Option<MsiRequest>; PINS as usize]);
+use processor::{IrqRoutes, MsiRequest};
 
 /// The routes there are and those that KVM knows.
 #[derive(Debug, Default)]
 pub(crate) struct Routes {
-    wanted: Table,
+    all: IrqRoutes,
     known: Table,
 }
+
+/// The level-triggered ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Table(IrqRoutes);
 
 impl Routes {
     /// Sets what a pin sends. False if there is no such pin.
     pub(crate) fn set(&mut self, pin: u8, request: Option<MsiRequest>) -> bool {
-        let Some(route) = self.wanted.0.get_mut(usize::from(pin)) else { return false };
-        *route = request.filter(MsiRequest::level_triggered);
+        let Some(route) = self.all.0.get_mut(usize::from(pin)) else { return false };
+        *route = request;
         true
     }
 
-    /// Forgets all routes, those that KVM knows too as soon as it can be told.
-    pub(crate) fn clear(&mut self) {
-        self.wanted = Table::default();
+    /// What every pin sends.
+    pub(crate) fn all(&self) -> IrqRoutes {
+        self.all
+    }
+
+    /// Sets what every pin sends.
+    pub(crate) fn set_all(&mut self, routes: &IrqRoutes) {
+        self.all = *routes;
     }
 
     /// The table to tell KVM, if the one it knows lacks a route.
     pub(crate) fn needed(&self) -> Option<Table> {
+        let wanted = IrqRoutes(self.all.0.map(|route| route.filter(MsiRequest::level_triggered)));
         let known = |(wanted, known): (&Option<MsiRequest>, _)| wanted.is_none() || wanted == known;
-        let enough = self.wanted.0.iter().zip(&self.known.0).all(known);
-        (!enough).then_some(self.wanted)
+        let enough = wanted.0.iter().zip(&self.known.0.0).all(known);
+        (!enough).then_some(Table(wanted))
     }
 
     /// KVM knows this table now.
@@ -51,7 +54,7 @@ impl Routes {
 impl Table {
     /// The table as KVM takes it.
     pub(crate) fn entries(&self) -> Vec<kvm_irq_routing_entry> {
-        (0..).zip(&self.0).filter_map(|(pin, route)| route.map(|route| entry(pin, route))).collect()
+        (0..).zip(&self.0.0).filter_map(|(pin, route)| route.map(|route| entry(pin, route))).collect()
     }
 }
 
@@ -92,7 +95,9 @@ mod tests {
         assert_eq!(tell(&mut routes), Some(2));
         assert!(routes.set(9, Some(MsiRequest { address: 0xfee0_1000, ..LEVEL })));
         assert_eq!(tell(&mut routes), Some(2), "another destination");
-        routes.clear();
+        let edge = routes.all();
+        assert_eq!(edge.0[3], Some(EDGE), "what KVM need not know is there all the same");
+        routes.set_all(&IrqRoutes::default());
         assert_eq!(tell(&mut routes), None);
         assert!(!routes.set(24, Some(LEVEL)));
     }

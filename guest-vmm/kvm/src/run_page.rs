@@ -96,6 +96,7 @@ impl RunPage {
             KVM_EXIT_SYSTEM_EVENT => {
                 Exit::SystemEvent { kind: field!(self, __bindgen_anon_1.system_event.type_) }
             }
+            KVM_EXIT_DEBUG => Exit::Debug { dr6: field!(self, __bindgen_anon_1.debug.arch.dr6) },
             KVM_EXIT_INTERNAL_ERROR => self.internal_error(),
             KVM_EXIT_FAIL_ENTRY => {
                 let failure = field!(self, __bindgen_anon_1.fail_entry);

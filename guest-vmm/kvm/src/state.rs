@@ -1,163 +1,167 @@
-//! A VP's registers, from KVM's types and to them.
+//! The state of a stopped VP: the ioctls behind each entry of the table.
 
+use crate::convert::*;
 use crate::error::{KvmError, Named};
-use kvm_bindings::*;
-use kvm_ioctls::VcpuFd;
-use processor::{AccessVpState, MpState, Registers, Segment, SystemRegisters, Table};
+use crate::msrs;
+use crate::tsc;
+use crate::vp::KvmProcessor;
+use crate::xsave;
+use kvm_bindings::{kvm_debugregs, kvm_lapic_state, kvm_sregs};
+use processor::{
+    AccessVpState, Cpuid, DebugRegisters, Events, LOCAL_APIC_BYTES, LocalApic, MpState, NumberedRegisters,
+    Registers, SystemRegisters, Tsc, VpStateKind, Xsave,
+};
 
-/// The state of a stopped VP.
-pub struct KvmState<'a>(pub(crate) &'a VcpuFd);
+/// The state of a stopped VP. KVM has all of the table, but for the time-stamp counter where the host has no other than its own.
+pub struct KvmState<'a> {
+    vp: &'a mut KvmProcessor,
+    /// As KVM has them, once they were read: two entries of the table come from them.
+    sregs: Option<kvm_sregs>,
+}
+
+impl<'a> KvmState<'a> {
+    pub(crate) fn new(vp: &'a mut KvmProcessor) -> Self {
+        Self { vp, sregs: None }
+    }
+
+    fn sregs(&mut self) -> Result<kvm_sregs, KvmError> {
+        if let Some(sregs) = self.sregs {
+            return Ok(sregs);
+        }
+        let sregs = self.vp.vcpu.get_sregs().named("KVM_GET_SREGS")?;
+        self.sregs = Some(sregs);
+        Ok(sregs)
+    }
+
+    fn set_sregs(&mut self, sregs: kvm_sregs) -> Result<(), KvmError> {
+        self.sregs = None;
+        self.vp.vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+        self.sregs = Some(sregs);
+        Ok(())
+    }
+}
 
 impl AccessVpState for KvmState<'_> {
     type Error = KvmError;
 
-    fn registers(&mut self) -> Result<Registers, KvmError> {
-        Ok(from_regs(&self.0.get_regs().named("KVM_GET_REGS")?))
+    fn supports(&self, kind: VpStateKind) -> bool {
+        kind != VpStateKind::Tsc || self.vp.partition.host.has_virtual_tsc()
     }
 
-    fn set_registers(&mut self, value: &Registers) -> Result<(), KvmError> {
-        self.0.set_regs(&to_regs(value)).named("KVM_SET_REGS")
+    fn cpuid(&mut self) -> Result<Cpuid, KvmError> {
+        Ok(from_cpuid(&self.vp.cpuid))
+    }
+
+    /// KVM is told only of answers that differ: once a VP has run it takes no others.
+    fn set_cpuid(&mut self, value: &Cpuid) -> Result<(), KvmError> {
+        let cpuid = to_cpuid(value)?;
+        if cpuid != self.vp.cpuid {
+            self.vp.vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
+            self.vp.cpuid = cpuid;
+        }
+        Ok(())
     }
 
     fn system_registers(&mut self) -> Result<SystemRegisters, KvmError> {
-        Ok(from_sregs(&self.0.get_sregs().named("KVM_GET_SREGS")?))
+        Ok(from_sregs(&self.sregs()?))
     }
 
     fn set_system_registers(&mut self, value: &SystemRegisters) -> Result<(), KvmError> {
-        let mut sregs = self.0.get_sregs().named("KVM_GET_SREGS")?;
+        let mut sregs = self.sregs()?;
         put_sregs(&mut sregs, value);
-        self.0.set_sregs(&sregs).named("KVM_SET_SREGS")
+        self.set_sregs(sregs)
     }
 
+    fn registers(&mut self) -> Result<Registers, KvmError> {
+        Ok(from_regs(&self.vp.vcpu.get_regs().named("KVM_GET_REGS")?))
+    }
+
+    fn set_registers(&mut self, value: &Registers) -> Result<(), KvmError> {
+        self.vp.vcpu.set_regs(&to_regs(value)).named("KVM_SET_REGS")
+    }
+
+    fn xcrs(&mut self) -> Result<NumberedRegisters, KvmError> {
+        Ok(from_xcrs(&self.vp.vcpu.get_xcrs().named("KVM_GET_XCRS")?))
+    }
+
+    fn set_xcrs(&mut self, value: &NumberedRegisters) -> Result<(), KvmError> {
+        self.vp.vcpu.set_xcrs(&to_xcrs(value)?).named("KVM_SET_XCRS")
+    }
+
+    fn xsave(&mut self) -> Result<Xsave, KvmError> {
+        xsave::get(&self.vp.vcpu, &self.vp.partition.host)
+    }
+
+    fn set_xsave(&mut self, value: &Xsave) -> Result<(), KvmError> {
+        xsave::set(&self.vp.vcpu, &self.vp.partition.host, value)
+    }
+
+    fn debug_registers(&mut self) -> Result<DebugRegisters, KvmError> {
+        let kvm_debugregs { db, dr6, dr7, .. } = self.vp.vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
+        Ok(DebugRegisters { breakpoints: db, status: dr6, control: dr7 })
+    }
+
+    fn set_debug_registers(&mut self, value: &DebugRegisters) -> Result<(), KvmError> {
+        let &DebugRegisters { breakpoints: db, status: dr6, control: dr7 } = value;
+        let registers = kvm_debugregs { db, dr6, dr7, ..Default::default() };
+        self.vp.vcpu.set_debug_regs(&registers).named("KVM_SET_DEBUGREGS")
+    }
+
+    fn tsc(&mut self) -> Result<Tsc, KvmError> {
+        tsc::get(self.vp)
+    }
+
+    fn set_tsc(&mut self, value: &Tsc) -> Result<(), KvmError> {
+        tsc::set(self.vp, value)
+    }
+
+    fn local_apic(&mut self) -> Result<LocalApic, KvmError> {
+        let base = self.sregs()?.apic_base;
+        let lapic = self.vp.vcpu.get_lapic().named("KVM_GET_LAPIC")?;
+        Ok(LocalApic { base, registers: Box::new(lapic.regs.map(i8::cast_unsigned)) })
+    }
+
+    fn set_local_apic(&mut self, value: &LocalApic) -> Result<(), KvmError> {
+        let mut sregs = self.sregs()?;
+        if sregs.apic_base != value.base {
+            sregs.apic_base = value.base;
+            self.set_sregs(sregs)?;
+        }
+        let regs: [i8; LOCAL_APIC_BYTES] = value.registers.map(u8::cast_signed);
+        self.vp.vcpu.set_lapic(&kvm_lapic_state { regs }).named("KVM_SET_LAPIC")
+    }
+
+    fn msrs(&mut self) -> Result<NumberedRegisters, KvmError> {
+        msrs::read_all(&self.vp.vcpu, &self.vp.partition.host)
+    }
+
+    /// Some of them are seen in the special registers too.
+    fn set_msrs(&mut self, value: &NumberedRegisters) -> Result<(), KvmError> {
+        self.sregs = None;
+        msrs::write_changed(&self.vp.vcpu, value)
+    }
+
+    fn events(&mut self) -> Result<Events, KvmError> {
+        let events = self.vp.vcpu.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        // The same for every VP of a host: whoever asks first says so.
+        let _ = self.vp.partition.host.event_flags.set(events.flags);
+        Ok(from_events(&events))
+    }
+
+    fn set_events(&mut self, value: &Events) -> Result<(), KvmError> {
+        let flags = self.vp.partition.host.event_flags.get().copied().unwrap_or(0);
+        let events = to_events(value, flags)?;
+        self.vp.vcpu.set_vcpu_events(&events).named("KVM_SET_VCPU_EVENTS")
+    }
+
+    /// An INIT or a SIPI that is pending is taken by the VP first.
     fn mp_state(&mut self) -> Result<MpState, KvmError> {
-        let state = self.0.get_mp_state().named("KVM_GET_MP_STATE")?.mp_state;
-        match state {
-            KVM_MP_STATE_RUNNABLE => Ok(MpState::Runnable),
-            KVM_MP_STATE_HALTED => Ok(MpState::Halted),
-            KVM_MP_STATE_UNINITIALIZED
-            | KVM_MP_STATE_INIT_RECEIVED
-            | KVM_MP_STATE_SIPI_RECEIVED
-            | KVM_MP_STATE_AP_RESET_HOLD => Ok(MpState::WaitForSipi),
-            other => Err(KvmError::MpState(other)),
-        }
+        let state = self.vp.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
+        self.sregs = None;
+        from_mp_state(state)
     }
-}
 
-/// The general registers, from KVM's type.
-pub(crate) fn from_regs(regs: &kvm_regs) -> Registers {
-    let &kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, .. } = regs;
-    let &kvm_regs { r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags, .. } = regs;
-    Registers { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
-}
-
-fn to_regs(registers: &Registers) -> kvm_regs {
-    let &Registers {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rsp,
-        rbp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        rflags,
-    } = registers;
-    kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
-}
-
-fn from_sregs(sregs: &kvm_sregs) -> SystemRegisters {
-    SystemRegisters {
-        cs: from_segment(&sregs.cs),
-        ds: from_segment(&sregs.ds),
-        es: from_segment(&sregs.es),
-        fs: from_segment(&sregs.fs),
-        gs: from_segment(&sregs.gs),
-        ss: from_segment(&sregs.ss),
-        tr: from_segment(&sregs.tr),
-        ldtr: from_segment(&sregs.ldt),
-        gdtr: Table { base: sregs.gdt.base, limit: sregs.gdt.limit },
-        idtr: Table { base: sregs.idt.base, limit: sregs.idt.limit },
-        cr0: sregs.cr0,
-        cr2: sregs.cr2,
-        cr3: sregs.cr3,
-        cr4: sregs.cr4,
-        efer: sregs.efer,
-    }
-}
-
-fn put_sregs(sregs: &mut kvm_sregs, value: &SystemRegisters) {
-    let SystemRegisters { cs, ds, es, fs, gs, ss, tr, ldtr, gdtr, idtr, cr0, cr2, cr3, cr4, efer } = value;
-    sregs.cs = to_segment(cs);
-    sregs.ds = to_segment(ds);
-    sregs.es = to_segment(es);
-    sregs.fs = to_segment(fs);
-    sregs.gs = to_segment(gs);
-    sregs.ss = to_segment(ss);
-    sregs.tr = to_segment(tr);
-    sregs.ldt = to_segment(ldtr);
-    sregs.gdt = kvm_dtable { base: gdtr.base, limit: gdtr.limit, ..Default::default() };
-    sregs.idt = kvm_dtable { base: idtr.base, limit: idtr.limit, ..Default::default() };
-    (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer) = (*cr0, *cr2, *cr3, *cr4, *efer);
-}
-
-fn from_segment(segment: &kvm_segment) -> Segment {
-    let bits = [
-        (segment.type_, 0),
-        (segment.s, 4),
-        (segment.dpl, 5),
-        (segment.present, 7),
-        (segment.avl, 12),
-        (segment.l, 13),
-        (segment.db, 14),
-        (segment.g, 15),
-    ];
-    let attributes = bits.iter().fold(0, |all, &(value, shift)| all | u16::from(value) << shift);
-    Segment { base: segment.base, limit: segment.limit, selector: segment.selector, attributes }
-}
-
-fn to_segment(segment: &Segment) -> kvm_segment {
-    let field = |shift: u32, mask: u16| (segment.attributes >> shift & mask).to_le_bytes()[0];
-    let present = field(7, 1);
-    kvm_segment {
-        base: segment.base,
-        limit: segment.limit,
-        selector: segment.selector,
-        type_: field(0, 15),
-        s: field(4, 1),
-        dpl: field(5, 3),
-        present,
-        avl: field(12, 1),
-        l: field(13, 1),
-        db: field(14, 1),
-        g: field(15, 1),
-        unusable: 1 - present,
-        padding: 0,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn segments_keep_their_attributes() {
-        // A 32-bit and a 64-bit code segment, a data segment of ring 3, a busy TSS, none.
-        for attributes in [0xc09b, 0xa09b, 0xd0f3, 0x008b, 0] {
-            let segment = Segment { base: 0x1000, limit: 0xffff, selector: 8, attributes };
-            let kvm = to_segment(&segment);
-            assert_eq!(from_segment(&kvm), segment);
-            assert_eq!(kvm.unusable == 1, attributes == 0);
-        }
-        let code = to_segment(&Segment { attributes: 0xc09b, ..Default::default() });
-        assert_eq!((code.type_, code.s, code.present, code.db, code.g, code.l), (11, 1, 1, 1, 1, 0));
+    fn set_mp_state(&mut self, value: &MpState) -> Result<(), KvmError> {
+        self.vp.vcpu.set_mp_state(to_mp_state(*value)).named("KVM_SET_MP_STATE")
     }
 }

@@ -1,19 +1,25 @@
 //! A VP: made and bound on its thread, run, and put back to how it was made.
 
+use crate::convert::from_regs;
 use crate::cpuid;
+use crate::debug;
 use crate::error::{KvmError, Named, io_error};
 use crate::exit::{Data, Exit};
 use crate::fault;
+use crate::hypervisor::HostTsc;
 use crate::kick::Kick;
+use crate::msrs;
 use crate::partition::KvmPartition;
 use crate::run_page::{RunMapping, RunPage};
-use crate::snapshot::{Snapshot, write_msrs};
-use crate::state::{KvmState, from_regs};
+use crate::state::KvmState;
+use crate::time::Pace;
+use crate::tsc;
+use inspect::{InspectMut, Request};
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 use processor::{
-    BindProcessor, CpuIo, PartitionError, PowerRequest, Processor, StopVp, VpFault, VpHaltReason, VpIndex,
-    run_guest,
+    BindProcessor, CpuIo, DebugState, NotSupported, PartitionError, PowerRequest, Processor, StopVp, Tsc,
+    VpFault, VpHaltReason, VpIndex, VpState, VpStateKind, Vtl, run_guest,
 };
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -42,17 +48,30 @@ impl BindProcessor for KvmBinder {
         let count = u32::try_from(partition.vps.len()).expect("as many as were asked for in 32 bits");
         let leaves = cpuid::for_vp(&host.cpuid, vp, count, host.tsc_deadline);
         vcpu.set_cpuid2(&leaves).for_partition("KVM_SET_CPUID2")?;
-        write_msrs(&vcpu, &initial_msrs())?;
+        msrs::write(&vcpu, &initial_msrs())?;
         if vp.0 == 0 {
             connect_local_interrupts(&vcpu)?;
         }
-        let initial = Snapshot::capture(&vcpu, host)?;
         let failed = |call| move |source| PartitionError::Call { call, source };
         let mapping = RunMapping::new(&vcpu, host.run_size).map_err(failed("mapping kvm_run"))?;
         let kick = Kick::new(mapping).map_err(failed("setting up the kick signal"))?;
-        partition.vps[vp.0 as usize].bind(kick.clone());
         let page = RunPage::new(kick.clone());
-        Ok(KvmProcessor { vcpu, page, kick, initial, vp, pending: Pending::Nothing, partition })
+        let mut processor = KvmProcessor {
+            vcpu,
+            page,
+            kick,
+            vp,
+            cpuid: leaves,
+            initial: VpState::default(),
+            pending: Pending::Nothing,
+            debug: None,
+            pace: partition.time.pace(),
+            partition,
+        };
+        processor.initial = processor.first_state()?;
+        let slot = &processor.partition.vps[vp.0 as usize];
+        slot.bind(processor.kick.clone());
+        Ok(processor)
     }
 }
 
@@ -96,23 +115,40 @@ enum Pending {
 /// A VP, bound to its thread.
 pub struct KvmProcessor {
     // In this order: the VP is closed before the partition may be.
-    vcpu: VcpuFd,
+    pub(crate) vcpu: VcpuFd,
     page: RunPage,
     kick: Arc<Kick>,
-    initial: Snapshot,
     vp: VpIndex,
+    /// What CPUID answers it.
+    pub(crate) cpuid: CpuId,
+    /// What a reset comes back to.
+    initial: VpState,
     pending: Pending,
-    partition: Arc<KvmPartition>,
+    debug: Option<DebugState>,
+    /// How far its time-stamp counter has followed the partition's time.
+    pub(crate) pace: Pace,
+    pub(crate) partition: Arc<KvmPartition>,
 }
 
 /// Goes on, or halts.
 type Step = ControlFlow<VpHaltReason>;
 
 impl KvmProcessor {
+    /// The state of a VP that has just been made. What its time-stamp counter shows is known: it begins at zero.
+    fn first_state(&mut self) -> Result<VpState, KvmError> {
+        let HostTsc { khz: frequency_khz, is_virtual } = self.partition.host.learn_tsc(&self.vcpu)?;
+        let state = VpState::save_some(&mut KvmState::new(self), |kind| kind != VpStateKind::Tsc)?;
+        Ok(VpState { tsc: is_virtual.then_some(Tsc { frequency_khz, ..Tsc::default() }), ..state })
+    }
+
     /// Runs the guest until the VP is kicked out of it or halts.
     fn enter(&mut self, io: &impl CpuIo) -> Step {
         if self.pending == Pending::Exit {
             self.handle(io)?;
+        }
+        if let Err(error) = self.take_nmi() {
+            let fault = self.fault(error.chain(), None);
+            return Step::Break(VpHaltReason::Fault(fault));
         }
         loop {
             let run = self.kick.in_run(|| self.vcpu.run().map(drop));
@@ -123,11 +159,12 @@ impl KvmProcessor {
                 Err(libc::EAGAIN) => {}
                 // The one exit that comes with an error.
                 Err(libc::EFAULT | libc::EHWPOISON) if self.page.exit() == MEMORY_FAULT => {
-                    return self.fault(fault::reason(MEMORY_FAULT), None);
+                    return Step::Break(self.halt(MEMORY_FAULT));
                 }
                 Err(errno) => {
                     let error = io_error(kvm_ioctls::Error::new(errno));
-                    return self.fault(format!("KVM_RUN failed: {error}"), None);
+                    let fault = self.fault(format!("KVM_RUN failed: {error}"), None);
+                    return Step::Break(VpHaltReason::Fault(fault));
                 }
             }
         }
@@ -135,6 +172,14 @@ impl KvmProcessor {
         self.pending = Pending::Nothing;
         self.kick.answer();
         Step::Continue(())
+    }
+
+    /// Has KVM deliver a non-maskable interrupt that was sent to the VP.
+    fn take_nmi(&self) -> Result<(), KvmError> {
+        match self.partition.vps[self.vp.0 as usize].take_nmi() {
+            true => self.vcpu.nmi().named("KVM_NMI"),
+            false => Ok(()),
+        }
     }
 
     /// Handles the exit with which KVM_RUN came back.
@@ -161,10 +206,26 @@ impl KvmProcessor {
             Exit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET } => return Step::Break(VpHaltReason::Reset),
             exit => {
                 self.pending = Pending::Nothing;
-                return self.fail(exit);
+                return Step::Break(self.halt(exit));
             }
         }
         Step::Continue(())
+    }
+
+    /// Why the VP halts, by the exit that makes it.
+    fn halt(&self, exit: Exit) -> VpHaltReason {
+        match exit {
+            Exit::Debug { dr6 } => {
+                let reason = debug::reason(self.debug.as_ref(), dr6);
+                reason.unwrap_or_else(|| VpHaltReason::Fault(self.fault(fault::reason(exit), None)))
+            }
+            Exit::Shutdown => {
+                let reset = self.partition.host.resets_on_triple_fault();
+                let note = reset.then(|| fault::AFTER_INIT.to_owned());
+                VpHaltReason::TripleFault(self.fault(fault::reason(exit), note))
+            }
+            _ => VpHaltReason::Fault(self.fault(fault::reason(exit), None)),
+        }
     }
 
     /// The elements of a port's data: string instructions have several.
@@ -172,15 +233,21 @@ impl KvmProcessor {
         self.page.data(data).chunks_exact_mut(usize::from(size.max(1)))
     }
 
-    fn fail(&self, exit: Exit) -> Step {
-        let reset = exit == Exit::Shutdown && self.partition.host.resets_on_triple_fault();
-        self.fault(fault::reason(exit), reset.then(|| fault::AFTER_INIT.to_owned()))
+    fn fault(&self, reason: String, note: Option<String>) -> Box<VpFault> {
+        let registers = self.vcpu.get_regs().ok().map(|regs| Box::new(from_regs(&regs)));
+        Box::new(VpFault { vp: self.vp, reason, registers, note })
     }
 
-    fn fault(&self, reason: String, note: Option<String>) -> Step {
-        let registers = self.vcpu.get_regs().ok().map(|regs| Box::new(from_regs(&regs)));
-        let fault = VpFault { vp: self.vp, reason, registers, note };
-        Step::Break(VpHaltReason::Fault(Box::new(fault)))
+    /// Has the time-stamp counter follow the partition's time, if that was stopped since the VP ran.
+    fn follow_time(&mut self) -> Result<(), VpHaltReason> {
+        let pace = self.partition.time.pace();
+        if pace == self.pace {
+            return Ok(());
+        }
+        tsc::follow(self, pace).map_err(|error| {
+            let reason = format!("the time-stamp counter cannot be set: {}", error.chain());
+            VpHaltReason::Fault(self.fault(reason, None))
+        })
     }
 }
 
@@ -189,7 +256,20 @@ const MEMORY_FAULT: Exit = Exit::Other { reason: KVM_EXIT_MEMORY_FAULT };
 fn power(request: PowerRequest) -> VpHaltReason {
     match request {
         PowerRequest::PowerOff => VpHaltReason::PowerOff,
+        PowerRequest::Hibernate => VpHaltReason::Hibernate,
         PowerRequest::Reset => VpHaltReason::Reset,
+    }
+}
+
+/// What KVM keeps for it beside its state.
+impl InspectMut for KvmProcessor {
+    fn inspect_mut(&mut self, request: Request<'_>) {
+        let debug = self.debug.unwrap_or_default();
+        let breakpoints: Vec<_> = debug.breakpoints.iter().flatten().map(ToString::to_string).collect();
+        let mut response = request.respond();
+        response.field_with("pending", || format!("{:?}", self.pending));
+        response.field("debugged", &self.debug.is_some()).field("single_step", &debug.single_step);
+        response.field("breakpoints", breakpoints.join("; ").as_str());
     }
 }
 
@@ -197,11 +277,20 @@ impl Processor for KvmProcessor {
     type Error = KvmError;
     type StateAccess<'a> = KvmState<'a>;
 
+    fn set_debug_state(&mut self, vtl: Vtl, state: Option<&DebugState>) -> Result<(), KvmError> {
+        vtl.only_vtl0()?;
+        debug::set(&self.vcpu, state, self.partition.host.debug_blocks_interrupts)?;
+        self.debug = state.copied();
+        Ok(())
+    }
+
     async fn run_vp(&mut self, stop: &mut StopVp, io: &impl CpuIo) -> Result<Infallible, VpHaltReason> {
+        self.follow_time()?;
         run_guest(stop, || self.enter(io)).await
     }
 
     fn flush_async_requests(&mut self) -> Result<(), KvmError> {
+        self.take_nmi()?;
         if self.pending != Pending::Completion {
             return Ok(());
         }
@@ -217,15 +306,31 @@ impl Processor for KvmProcessor {
         Ok(())
     }
 
-    fn access_state(&mut self) -> KvmState<'_> {
-        KvmState(&self.vcpu)
+    fn access_state(&mut self, vtl: Vtl) -> Result<KvmState<'_>, NotSupported> {
+        vtl.only_vtl0()?;
+        Ok(KvmState::new(self))
     }
 
     fn reset(&mut self) -> Result<(), KvmError> {
+        let initial = self.initial.clone();
+        self.put_back(&initial)
+    }
+
+    fn scrub(&mut self, vtl: Vtl) -> Result<(), KvmError> {
+        vtl.only_vtl0()?;
+        let initial = VpState { tsc: None, cpuid: None, ..self.initial.clone() };
+        self.put_back(&initial)
+    }
+}
+
+impl KvmProcessor {
+    fn put_back(&mut self, state: &VpState) -> Result<(), KvmError> {
         // Or what is pending would be completed in the new state.
         self.flush_async_requests()?;
         self.pending = Pending::Nothing;
-        self.initial.restore(&self.vcpu)
+        // An INIT that is pending is taken now, or it would come after the new state.
+        self.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
+        Ok(state.restore(&mut KvmState::new(self))?)
     }
 }
 

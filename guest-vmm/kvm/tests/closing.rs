@@ -43,7 +43,7 @@ fn possessions() -> [usize; 3] {
 fn life(hypervisor: &KvmHypervisor, vp_count: u32) {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let NewPartition { partition, processors } =
-        hypervisor.build(&PartitionConfig { vp_count, memory }).unwrap();
+        hypervisor.build(&PartitionConfig::new(vp_count, memory)).unwrap();
     let spawn =
         |(n, binder)| VpThread::spawn(VpIndex(n), binder, partition.clone(), Arc::new(NoBus), |_, _| ());
     let vps: Vec<_> = (0..).zip(processors).map(|new| block_on(spawn(new)).unwrap()).collect();
@@ -65,7 +65,7 @@ fn a_closed_partition_leaves_no_descriptor_thread_or_mapping() {
     }
     // Partitions whose VPs were never bound, and one that was refused.
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-    drop(hypervisor.build(&PartitionConfig { vp_count: 8, memory: memory.clone() }).unwrap());
-    assert!(hypervisor.build(&PartitionConfig { vp_count: 10_000, memory }).is_err());
+    drop(hypervisor.build(&PartitionConfig::new(8, memory.clone())).unwrap());
+    assert!(hypervisor.build(&PartitionConfig::new(10_000, memory)).is_err());
     assert_eq!(possessions(), before);
 }

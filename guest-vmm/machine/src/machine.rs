@@ -10,7 +10,9 @@ use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::{SerialInput, SerialOutput};
 use futures::future::join_all;
 use inspect::{Inspect, Inspection, Request, View};
-use processor::{Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError};
+use processor::{
+    Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError, TimePolicy,
+};
 use state_unit::{
     BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
     TransitionRecord, UnitBuilder, UnitHandle, UnitView, run_unit,
@@ -31,6 +33,8 @@ pub const VPS: &str = "vps";
 pub struct MachineConfig {
     /// How many VPs.
     pub vps: u32,
+    /// What the guest sees of the time during which it does not run.
+    pub time: TimePolicy,
     /// How much memory, in bytes.
     pub memory_bytes: u64,
     /// What kind of memory.
@@ -261,7 +265,8 @@ fn lay_foundation<H: Hypervisor>(
     let memory =
         Arc::new(GuestMemory::new(config.memory_bytes, config.memory).map_err(MachineError::Memory)?);
     go_on()?;
-    let partition_config = PartitionConfig { vp_count: config.vps, memory: memory.view().clone() };
+    let partition_config =
+        PartitionConfig { time: config.time, ..PartitionConfig::new(config.vps, memory.view().clone()) };
     let partition = hypervisor.build(&partition_config).map_err(MachineError::Partition)?;
     go_on()?;
     let board = Board::new(partition.partition.clone(), output);

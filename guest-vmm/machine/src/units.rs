@@ -139,11 +139,11 @@ pub(crate) struct PartitionPart {
 
 impl Part for PartitionPart {
     async fn start(&mut self) -> Result<(), UnitError> {
-        Ok(())
+        Ok(self.partition.start_time()?)
     }
 
     async fn stop(&mut self) -> Result<(), UnitError> {
-        Ok(())
+        Ok(self.partition.stop_time()?)
     }
 
     async fn reset(&mut self) -> Result<(), UnitError> {
@@ -151,7 +151,13 @@ impl Part for PartitionPart {
     }
 
     fn inspect(&mut self, request: Request<'_>) {
-        request.respond().field("vps", &self.vps);
+        let mut response = request.respond();
+        response.field("vps", &self.vps);
+        response.sensitive(|response| {
+            response.child("state", |request| {
+                self.partition.access_state().inspect_states(&mut request.respond());
+            });
+        });
     }
 }
 

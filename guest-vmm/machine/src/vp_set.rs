@@ -73,7 +73,8 @@ impl VpSet {
             let (halted, halts) = (halted.clone(), halts.clone());
             let partition: Arc<dyn Partition> = new.partition.clone();
             VpThread::spawn(VpIndex(index), binder, partition, io.clone(), move |vp, reason| {
-                let mark = if matches!(reason, VpHaltReason::Fault(_)) { FAILED } else { HALTED };
+                let failed = matches!(reason, VpHaltReason::Fault(_) | VpHaltReason::TripleFault(_));
+                let mark = if failed { FAILED } else { HALTED };
                 halted[vp.0 as usize].store(mark, Ordering::Release);
                 // The driver may have taken the machine down meanwhile.
                 let _ = halts.send((vp, reason));

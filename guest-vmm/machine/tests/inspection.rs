@@ -6,7 +6,10 @@ use inspect::{Node, Value, View};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig};
 use processor::scripted::{Script, ScriptedHypervisor, ScriptedOptions};
-use processor::{Hypervisor, MsiRequest, NewPartition, Partition, PartitionConfig, PartitionError, VpIndex};
+use processor::{
+    DebugCapabilities, ErasedPartitionState, Hypervisor, MsiRequest, NewPartition, Partition,
+    PartitionConfig, PartitionError, TimePolicy, VpIndex, Vtl,
+};
 use rustix::fs::{MemfdFlags, memfd_create};
 use state_unit::UnitState;
 use std::fs::File;
@@ -76,8 +79,32 @@ impl Partition for RecordingPartition {
         self.partition.set_irq_route(pin, request)
     }
 
+    fn inject_nmi(&self, vp: VpIndex) {
+        self.partition.inject_nmi(vp);
+    }
+
+    fn debug_capabilities(&self) -> DebugCapabilities {
+        self.partition.debug_capabilities()
+    }
+
+    fn stop_time(&self) -> Result<(), PartitionError> {
+        self.partition.stop_time()
+    }
+
+    fn start_time(&self) -> Result<(), PartitionError> {
+        self.partition.start_time()
+    }
+
+    fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {
+        self.partition.access_state()
+    }
+
     fn reset(&self) -> Result<(), PartitionError> {
         self.partition.reset()
+    }
+
+    fn scrub(&self, vtl: Vtl) -> Result<(), PartitionError> {
+        self.partition.scrub(vtl)
     }
 }
 
@@ -111,7 +138,14 @@ impl Bench {
         let boot =
             BootFiles { kernel: file(&script.to_elf()), initrd: None, cmdline: COMMAND_LINE.to_owned() };
         let memory = MemoryOptions { prefault: true, ..MemoryOptions::default() };
-        let config = MachineConfig { vps: 2, memory_bytes: MEMORY_BYTES, memory, boot, inject };
+        let config = MachineConfig {
+            vps: 2,
+            time: TimePolicy::default(),
+            memory_bytes: MEMORY_BYTES,
+            memory,
+            boot,
+            inject,
+        };
         let machine = Machine::build(hypervisor.clone(), config, serial, send_halts, || false).await.unwrap();
         Self { machine, hypervisor, halts, output }
     }
@@ -207,10 +241,10 @@ async fn every_unit_device_and_vp_of_a_running_machine_is_in_the_tree() {
 
     assert_eq!(names(at(&tree, "vps")), ["0", "1"]);
     assert_eq!(at(&tree, "vps/0/activity"), &text("running"));
-    assert_eq!(at(&tree, "vps/0/registers/rip"), &hex(spin));
-    assert_eq!(at(&tree, "vps/0/registers/cr0"), &hex(0x11));
+    assert_eq!(at(&tree, "vps/0/state/registers/rip"), &hex(spin));
+    assert_eq!(at(&tree, "vps/0/state/system_registers/cr0"), &hex(0x11));
     let code = "base: 0x0\nlimit: 0xffffffff\nselector: 0x10\nattributes: 0xc09b\n";
-    assert_eq!(at(&tree, "vps/0/registers/cs").to_string(), code);
+    assert_eq!(at(&tree, "vps/0/state/system_registers/cs").to_string(), code);
     assert_eq!(at(&tree, "vps/1/activity"), &text("waiting for SIPI"));
     bench.machine.destroy().await;
 }
@@ -224,7 +258,7 @@ async fn a_machine_as_json_is_the_same_tree() {
     let units: Vec<&str> = json["units"].as_object().unwrap().keys().map(String::as_str).collect();
     assert!(UNITS.iter().all(|unit| units.contains(unit)) && units.len() == UNITS.len(), "{units:?}");
     assert_eq!(json["units"]["memory"]["unit"]["boot"]["command_line"], COMMAND_LINE);
-    assert_eq!(json["vps"]["0"]["registers"]["rip"], spin);
+    assert_eq!(json["vps"]["0"]["state"]["registers"]["rip"], spin);
     assert_eq!(json["units"]["ioapic"]["unit"]["pins"]["4"]["redirection"]["masked"], true);
     bench.machine.destroy().await;
 }
@@ -243,7 +277,7 @@ async fn only_the_vps_on_the_path_are_asked() {
     assert_eq!(shallow.to_string(), "0: …\n1: …\n");
     assert_eq!(bench.hypervisor.take(), [0; 0], "nobody has left the guest");
 
-    assert_eq!(bench.look("vps/0/registers/cr0").await, hex(0x11));
+    assert_eq!(bench.look("vps/0/state/system_registers/cr0").await, hex(0x11));
     assert_eq!(bench.hypervisor.take(), [0]);
     assert_eq!(bench.look("vps/1/activity").await, text("waiting for SIPI"));
     assert!(!bench.hypervisor.take().contains(&0));
@@ -256,7 +290,7 @@ async fn an_observer_sees_states_and_sizes_and_nothing_of_the_guests() {
     let mut bench = Bench::new(&script).await;
     bench.start().await;
     bench.hypervisor.take();
-    let hidden = ["vps/0/registers/rip", "units/memory/unit/boot/command_line", "units/rtc/unit/ram"];
+    let hidden = ["vps/0/state/registers/rip", "units/memory/unit/boot/command_line", "units/rtc/unit/ram"];
     for path in hidden {
         assert_eq!(bench.observe(path).await, Node::NotFound, "{path}");
     }
@@ -317,7 +351,10 @@ async fn a_stuck_vp_and_the_device_that_it_holds_delay_nobody() {
     // VP 0 is in the middle of its access to the serial port.
     let view = bench.machine.view().clone();
     let tree = view.inspect("", usize::MAX, View::Everything).finish(IMPATIENT).await;
-    assert_eq!(unanswered(&tree, ""), ["/units/serial/unit", "/vps/0/activity", "/vps/0/registers"]);
+    assert_eq!(
+        unanswered(&tree, ""),
+        ["/units/serial/unit", "/vps/0/activity", "/vps/0/processor", "/vps/0/state"]
+    );
     assert_eq!(at(&tree, "vps/1/activity"), &text("waiting for SIPI"));
     assert_eq!(at(&tree, "units/serial/unit_state"), &text("running"));
 
@@ -341,7 +378,7 @@ async fn a_vp_that_has_failed_still_shows_its_registers_unless_its_thread_is_gon
         bench.halts.recv().await.expect("it halts");
         let vp = bench.look("vps/0").await;
         assert_eq!(at(&vp, "activity"), &text("failed"));
-        assert_eq!(*at(&vp, "registers") == Node::Unanswered, gone, "{vp}");
+        assert_eq!(*at(&vp, "state") == Node::Unanswered, gone, "{vp}");
         bench.machine.destroy().await;
     }
 }

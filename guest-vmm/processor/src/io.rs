@@ -9,6 +9,8 @@ use std::sync::Arc;
 pub enum PowerRequest {
     /// Power the guest off.
     PowerOff,
+    /// Power the guest off: it has saved itself to its disk.
+    Hibernate,
     /// Reset the guest.
     Reset,
 }

@@ -1,6 +1,6 @@
 //! The hypervisor, and the partition it builds for one guest.
 
-use crate::{Processor, VpIndex};
+use crate::{DebugCapabilities, ErasedPartitionState, NotSupported, Processor, VpIndex, Vtl};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
@@ -14,6 +14,17 @@ pub struct MsiRequest {
 }
 
 impl MsiRequest {
+    /// A non-maskable interrupt for one VP.
+    pub fn nmi(to: VpIndex) -> Self {
+        const DELIVERY_NMI: u32 = 4 << 8;
+        Self { address: 0xfee0_0000 | u64::from(to.0) << 12, data: DELIVERY_NMI }
+    }
+
+    /// Whether this is a non-maskable interrupt.
+    pub fn is_nmi(&self) -> bool {
+        self.data >> 8 & 7 == 4
+    }
+
     /// Whether the interrupt is level-triggered, so that its end has to be reported.
     pub fn level_triggered(&self) -> bool {
         self.data & (1 << 15) != 0
@@ -27,6 +38,25 @@ pub struct PartitionConfig {
     pub vp_count: u32,
     /// Its memory. Held by the partition, so that no mapping goes away while the guest can reach it.
     pub memory: GuestMemoryMmap,
+    /// What the guest sees of the time during which its partition's time is stopped.
+    pub time: TimePolicy,
+}
+
+impl PartitionConfig {
+    /// With the defaults of all that is optional.
+    pub fn new(vp_count: u32, memory: GuestMemoryMmap) -> Self {
+        Self { vp_count, memory, time: TimePolicy::default() }
+    }
+}
+
+/// What a guest sees of the time during which it did not run: a pause, or between being saved and restored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimePolicy {
+    /// Nothing: its clocks go on from where they were.
+    #[default]
+    Hidden,
+    /// All of it: its clocks jump to where they would have been.
+    CatchUp,
 }
 
 /// What the hypervisor refused or failed at.
@@ -46,6 +76,9 @@ pub enum PartitionError {
         /// How many the hypervisor has.
         limit: u32,
     },
+    /// It cannot do this.
+    #[error(transparent)]
+    NotSupported(#[from] NotSupported),
     /// A call to the hypervisor failed.
     #[error("{call} failed")]
     Call {
@@ -102,6 +135,27 @@ pub trait Partition: Send + Sync {
     /// end of level-triggered interrupts through [`crate::CpuIo::handle_eoi`].
     fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>) -> Result<(), PartitionError>;
 
-    /// Resets what belongs to the partition and to no VP, all VPs being stopped.
+    /// Sends a VP a non-maskable interrupt, as a front panel's button does: also if its local APIC is switched off. A VP that is
+    /// stopped takes it when it runs.
+    fn inject_nmi(&self, vp: VpIndex);
+
+    /// What debuggers may ask of its VPs.
+    fn debug_capabilities(&self) -> DebugCapabilities;
+
+    /// Stops the guest's time, all VPs being stopped. Does nothing if it is.
+    fn stop_time(&self) -> Result<(), PartitionError>;
+
+    /// Lets the guest's time go on, by its [`TimePolicy`], before the first VP runs. Does nothing if it is not stopped.
+    fn start_time(&self) -> Result<(), PartitionError>;
+
+    /// The state of the partition, all VPs and time being stopped.
+    fn access_state(&self) -> Box<dyn ErasedPartitionState + '_>;
+
+    /// Stops time and puts what belongs to the partition and to no VP into the state in which it was made, all VPs being
+    /// stopped. Each VP's [`Processor::reset`] comes next.
     fn reset(&self) -> Result<(), PartitionError>;
+
+    /// Puts what belongs to the VTL and to no VP into the state in which it was made, all VPs being stopped; time goes on.
+    /// Each VP's [`Processor::scrub`] comes next.
+    fn scrub(&self, vtl: Vtl) -> Result<(), PartitionError>;
 }

@@ -6,12 +6,17 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
+
+const GO_ON: u8 = 0;
+const CANCEL: u8 = 1;
+const STOP: u8 = 2;
 
 #[derive(Default)]
 struct Shared {
-    stopped: AtomicBool,
+    /// The greatest of what was asked for.
+    asked: AtomicU8,
     waker: AtomicWaker,
 }
 
@@ -30,26 +35,35 @@ impl StopVpSource {
 
     /// Asks the VP to stop. [`crate::Processor::run_vp`] then returns [`crate::VpHaltReason::Stop`].
     pub fn stop(&self) {
-        self.0.stopped.store(true, Ordering::Release);
+        self.ask(STOP);
+    }
+
+    /// Calls the run off. [`crate::Processor::run_vp`] then returns [`crate::VpHaltReason::Cancel`], or
+    /// [`crate::VpHaltReason::Stop`] if it was asked to stop too.
+    pub fn cancel(&self) {
+        self.ask(CANCEL);
+    }
+
+    fn ask(&self, what: u8) {
+        self.0.asked.fetch_max(what, Ordering::AcqRel);
         self.0.waker.wake();
     }
 }
 
 impl StopVp {
-    /// Resolves once the VP has been asked to stop.
-    pub async fn stopped(&mut self) {
-        poll_fn(|cx| self.poll_stopped(cx)).await;
+    /// Resolves once the VP has been asked to leave the guest, to why.
+    pub async fn asked(&mut self) -> VpHaltReason {
+        poll_fn(|cx| self.poll_asked(cx)).await
     }
 
-    /// Whether the VP has been asked to stop; if not, the task is woken when it is.
-    pub fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Why the VP has been asked to leave the guest; if it was not, the task is woken when it is.
+    pub fn poll_asked(&mut self, cx: &mut Context<'_>) -> Poll<VpHaltReason> {
         self.0.waker.register(cx.waker());
-        if self.is_stopped() { Poll::Ready(()) } else { Poll::Pending }
-    }
-
-    /// Whether the VP has been asked to stop.
-    pub fn is_stopped(&self) -> bool {
-        self.0.stopped.load(Ordering::Acquire)
+        match self.0.asked.load(Ordering::Acquire) {
+            GO_ON => Poll::Pending,
+            CANCEL => Poll::Ready(VpHaltReason::Cancel),
+            _ => Poll::Ready(VpHaltReason::Stop),
+        }
     }
 }
 
@@ -62,8 +76,8 @@ pub async fn run_guest(
     mut enter: impl FnMut() -> ControlFlow<VpHaltReason>,
 ) -> Result<Infallible, VpHaltReason> {
     poll_fn(|cx| {
-        if stop.poll_stopped(cx).is_ready() {
-            return Poll::Ready(Err(VpHaltReason::Stop));
+        if let Poll::Ready(reason) = stop.poll_asked(cx) {
+            return Poll::Ready(Err(reason));
         }
         match enter() {
             ControlFlow::Break(reason) => Poll::Ready(Err(reason)),

@@ -148,7 +148,7 @@ impl Guest {
         memory.write_slice(code, GuestAddress(CODE)).unwrap();
         let descriptors = [0, 0x00cf_9b00_0000_ffff_u64, 0x00cf_9300_0000_ffff];
         memory.write_slice(&descriptors.map(u64::to_le_bytes).concat(), GuestAddress(GDT)).unwrap();
-        let config = PartitionConfig { vp_count, memory: memory.clone() };
+        let config = PartitionConfig::new(vp_count, memory.clone());
         let NewPartition { partition, processors } = hypervisor().build(&config).unwrap();
         let bus = Arc::new(Bus::default());
         let (halted, halts) = channel();
@@ -208,7 +208,7 @@ impl Guest {
     /// The next halt, which has to be a fault.
     pub fn fault(&self) -> VpFault {
         match self.halt() {
-            VpHaltReason::Fault(fault) => *fault,
+            VpHaltReason::Fault(fault) | VpHaltReason::TripleFault(fault) => *fault,
             other => panic!("{other:?}"),
         }
     }

@@ -1,6 +1,8 @@
 //! Small guests on the machine's KVM. Without /dev/kvm every test here fails, saying why there is none.
 
+mod debug;
 mod exits;
 mod guest;
 mod many;
 mod opening;
+mod state;

@@ -53,7 +53,7 @@ fn more_than_the_host_has_are_refused() {
     let limit = hypervisor().max_vps().unwrap();
     assert!((1..=254).contains(&limit));
     let memory = vm_memory::GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
-    let config = processor::PartitionConfig { vp_count: limit + 1, memory };
+    let config = processor::PartitionConfig::new(limit + 1, memory);
     let error = hypervisor().build(&config).err().unwrap();
     assert_eq!(error.to_string(), format!("{} VPs asked for, the host allows {limit}", limit + 1));
 }

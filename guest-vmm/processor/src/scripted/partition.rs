@@ -1,13 +1,13 @@
 //! What the VPs of a scripted partition share: memory, and what each is told from outside.
 
-use crate::{MsiRequest, Partition, PartitionConfig, PartitionError, VpIndex};
+use crate::{
+    AccessPartitionState, DebugCapabilities, ErasedPartitionState, IOAPIC_PINS, IrqRoutes, MsiRequest,
+    Partition, PartitionConfig, PartitionError, PartitionStateKind, VpIndex, Vtl,
+};
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
-
-/// The IOAPIC's pins.
-const PINS: usize = 24;
 
 /// The local APIC ID that means all VPs.
 const BROADCAST: u32 = 0xff;
@@ -16,7 +16,7 @@ const BROADCAST: u32 = 0xff;
 pub(super) struct ScriptedPartition {
     pub(super) memory: GuestMemoryMmap,
     vps: Vec<Mailbox>,
-    routes: Mutex<[Option<MsiRequest>; PINS]>,
+    routes: Mutex<IrqRoutes>,
 }
 
 /// What one VP is told from outside.
@@ -84,15 +84,43 @@ impl ScriptedPartition {
         }
     }
 
+    /// A panic of another thread leaves the routes whole: they are only set.
+    fn routes(&self) -> MutexGuard<'_, IrqRoutes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether some pin of the IOAPIC sends level-triggered interrupts with this vector.
     pub(super) fn is_level_triggered(&self, vector: u8) -> bool {
-        let routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        routes.iter().flatten().any(|route| route.level_triggered() && vector_of(route) == vector)
+        let routes = self.routes();
+        routes.0.iter().flatten().any(|route| route.level_triggered() && vector_of(route) == vector)
     }
 }
 
+/// The vector that a non-maskable interrupt has, whatever its message says.
+const NMI_VECTOR: u8 = 2;
+
 fn vector_of(request: &MsiRequest) -> u8 {
-    request.data.to_le_bytes()[0]
+    if request.is_nmi() { NMI_VECTOR } else { request.data.to_le_bytes()[0] }
+}
+
+/// The state of a scripted partition. It has no clock.
+struct ScriptedPartitionState<'a>(&'a ScriptedPartition);
+
+impl AccessPartitionState for ScriptedPartitionState<'_> {
+    type Error = PartitionError;
+
+    fn supports(&self, kind: PartitionStateKind) -> bool {
+        kind == PartitionStateKind::IrqRoutes
+    }
+
+    fn irq_routes(&mut self) -> Result<IrqRoutes, PartitionError> {
+        Ok(*self.0.routes())
+    }
+
+    fn set_irq_routes(&mut self, value: &IrqRoutes) -> Result<(), PartitionError> {
+        *self.0.routes() = *value;
+        Ok(())
+    }
 }
 
 impl Partition for ScriptedPartition {
@@ -114,17 +142,45 @@ impl Partition for ScriptedPartition {
     }
 
     fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>) -> Result<(), PartitionError> {
-        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(route) = routes.get_mut(usize::from(pin)) else {
-            let source = std::io::Error::other(format!("pin {pin}, and there are {PINS}"));
+        let mut routes = self.routes();
+        let Some(route) = routes.0.get_mut(usize::from(pin)) else {
+            let source = std::io::Error::other(format!("pin {pin}, and there are {IOAPIC_PINS}"));
             return Err(PartitionError::Call { call: "setting an IOAPIC route", source });
         };
         *route = request;
         Ok(())
     }
 
+    fn inject_nmi(&self, vp: VpIndex) {
+        if let Some(mailbox) = self.mailbox(vp) {
+            mailbox.tell(|signals| signals.interrupts.extend([NMI_VECTOR]));
+        }
+    }
+
+    fn debug_capabilities(&self) -> DebugCapabilities {
+        DebugCapabilities { single_step: true, breakpoints: 4, watchpoints: false }
+    }
+
+    /// There is no clock to stop.
+    fn stop_time(&self) -> Result<(), PartitionError> {
+        Ok(())
+    }
+
+    fn start_time(&self) -> Result<(), PartitionError> {
+        Ok(())
+    }
+
+    fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {
+        Box::new(ScriptedPartitionState(self))
+    }
+
     fn reset(&self) -> Result<(), PartitionError> {
-        *self.routes.lock().unwrap_or_else(PoisonError::into_inner) = Default::default();
+        self.scrub(Vtl::Vtl0)
+    }
+
+    fn scrub(&self, vtl: Vtl) -> Result<(), PartitionError> {
+        vtl.only_vtl0()?;
+        *self.routes() = IrqRoutes::default();
         Ok(())
     }
 }

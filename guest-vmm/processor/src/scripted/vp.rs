@@ -4,9 +4,11 @@ use super::ScriptedOptions;
 use super::instruction::{DecodeError, Instruction};
 use super::partition::{Mailbox, ScriptedPartition};
 use crate::{
-    AccessVpState, CpuIo, MpState, PowerRequest, Processor, Registers, StopVp, SystemRegisters, VpFault,
-    VpHaltReason, VpIndex, run_guest,
+    AccessKind, AccessVpState, CpuIo, DebugState, HardwareBreakpoint, MpState, NotSupported, PowerRequest,
+    Processor, Registers, StopVp, SystemRegisters, VpFault, VpHaltReason, VpIndex, VpStateKind, Vtl,
+    run_guest,
 };
+use inspect::{InspectMut, Request};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -31,6 +33,9 @@ pub enum ScriptedError {
         /// The VP.
         vp: VpIndex,
     },
+    /// A scripted VP has no such thing.
+    #[error(transparent)]
+    NotSupported(#[from] NotSupported),
 }
 
 /// Why the interpreter comes back.
@@ -52,6 +57,7 @@ pub struct ScriptedProcessor {
     registers: Registers,
     system: SystemRegisters,
     mp_state: MpState,
+    debug: DebugState,
 }
 
 impl ScriptedProcessor {
@@ -59,7 +65,8 @@ impl ScriptedProcessor {
         let mp_state = if vp.0 == 0 { MpState::Runnable } else { MpState::WaitForSipi };
         // As an x86 processor after its reset (Intel SDM volume 3, table 11-1).
         let registers = Registers { rip: 0xfff0, rflags: 2, ..Registers::default() };
-        Self { vp, partition, options, registers, system: SystemRegisters::default(), mp_state }
+        let (system, debug) = (SystemRegisters::default(), DebugState::default());
+        Self { vp, partition, options, registers, system, mp_state, debug }
     }
 
     fn mailbox(&self) -> &Mailbox {
@@ -117,8 +124,20 @@ impl ScriptedProcessor {
             Err(reason) => return self.fault(reason),
         };
         let rip = self.registers.rip;
+        if let Some(breakpoint) = self.breakpoint_at(rip) {
+            return Step::Break(Leave::Halt(VpHaltReason::HwBreak(breakpoint)));
+        }
         self.registers.rip = rip.wrapping_add(len as u64);
-        self.execute(instruction, rip, io)
+        self.execute(instruction, rip, io)?;
+        if self.debug.single_step {
+            Step::Break(Leave::Halt(VpHaltReason::SingleStep))
+        } else {
+            Step::Continue(())
+        }
+    }
+
+    fn breakpoint_at(&self, rip: u64) -> Option<HardwareBreakpoint> {
+        self.debug.breakpoints.iter().flatten().find(|breakpoint| breakpoint.address == rip).copied()
     }
 
     fn fetch(&self) -> Result<(Instruction, usize), String> {
@@ -247,13 +266,38 @@ impl ScriptedProcessor {
 fn power(request: PowerRequest) -> Leave {
     Leave::Halt(match request {
         PowerRequest::PowerOff => VpHaltReason::PowerOff,
+        PowerRequest::Hibernate => VpHaltReason::Hibernate,
         PowerRequest::Reset => VpHaltReason::Reset,
     })
+}
+
+/// What it shows beside its state: what it was told and has not looked at.
+impl InspectMut for ScriptedProcessor {
+    fn inspect_mut(&mut self, request: Request<'_>) {
+        let signals = self.mailbox().lock();
+        let interrupts: Vec<_> = signals.interrupts.iter().map(|vector| format!("{vector:#x}")).collect();
+        let mut response = request.respond();
+        response
+            .field("yield_requested", &signals.yield_requested)
+            .field("single_step", &self.debug.single_step);
+        response.field("interrupts", interrupts.join(" ").as_str());
+    }
 }
 
 impl Processor for ScriptedProcessor {
     type Error = ScriptedError;
     type StateAccess<'a> = ScriptedState<'a>;
+
+    fn set_debug_state(&mut self, vtl: Vtl, state: Option<&DebugState>) -> Result<(), ScriptedError> {
+        vtl.only_vtl0()?;
+        let state = state.copied().unwrap_or_default();
+        let watches = |b: &HardwareBreakpoint| b.access != AccessKind::Execute || !b.is_valid();
+        if let Some(watch) = state.breakpoints.iter().flatten().find(|breakpoint| watches(breakpoint)) {
+            return Err(NotSupported(format!("a breakpoint for {watch}").into()).into());
+        }
+        self.debug = state;
+        Ok(())
+    }
 
     async fn run_vp(&mut self, stop: &mut StopVp, io: &impl CpuIo) -> Result<Infallible, VpHaltReason> {
         run_guest(stop, || self.enter(io)).await
@@ -264,16 +308,23 @@ impl Processor for ScriptedProcessor {
         Ok(())
     }
 
-    fn access_state(&mut self) -> ScriptedState<'_> {
-        ScriptedState(self)
+    fn access_state(&mut self, vtl: Vtl) -> Result<ScriptedState<'_>, NotSupported> {
+        vtl.only_vtl0()?;
+        Ok(ScriptedState(self))
     }
 
     fn reset(&mut self) -> Result<(), ScriptedError> {
+        self.scrub(Vtl::Vtl0)
+    }
+
+    fn scrub(&mut self, vtl: Vtl) -> Result<(), ScriptedError> {
+        vtl.only_vtl0()?;
         let mut signals = self.mailbox().lock();
         signals.interrupts.clear();
         signals.start = None;
         drop(signals);
-        *self = Self::new(self.vp, self.partition.clone(), self.options);
+        let debug = self.debug;
+        *self = Self { debug, ..Self::new(self.vp, self.partition.clone(), self.options) };
         Ok(())
     }
 }
@@ -283,6 +334,10 @@ pub struct ScriptedState<'a>(&'a mut ScriptedProcessor);
 
 impl AccessVpState for ScriptedState<'_> {
     type Error = ScriptedError;
+
+    fn supports(&self, kind: VpStateKind) -> bool {
+        matches!(kind, VpStateKind::Registers | VpStateKind::SystemRegisters | VpStateKind::MpState)
+    }
 
     fn registers(&mut self) -> Result<Registers, ScriptedError> {
         Ok(self.0.registers)
@@ -308,5 +363,10 @@ impl AccessVpState for ScriptedState<'_> {
 
     fn mp_state(&mut self) -> Result<MpState, ScriptedError> {
         Ok(self.0.mp_state)
+    }
+
+    fn set_mp_state(&mut self, value: &MpState) -> Result<(), ScriptedError> {
+        self.0.mp_state = *value;
+        Ok(())
     }
 }

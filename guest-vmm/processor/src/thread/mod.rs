@@ -10,9 +10,13 @@
 mod executor;
 mod task;
 
-use crate::{BindProcessor, CpuIo, ErasedVpState, Partition, PartitionError, VpFault, VpHaltReason, VpIndex};
+use crate::{
+    BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, VpFault, VpHaltReason,
+    VpIndex, Vtl,
+};
 use executor::{Wakeup, block_on};
 use futures::channel::{mpsc, oneshot};
+use inspect::Deferred;
 use std::any::Any;
 use std::convert::Infallible;
 use std::error::Error;
@@ -100,8 +104,8 @@ pub struct VpThread {
 impl VpThread {
     /// Starts a thread and binds the VP there; the VP does not run yet. Resolves when it is bound or could not be.
     ///
-    /// `on_halt` is called on the VP's thread whenever the VP halts by itself (power-off, reset, fault), once for each time
-    /// it was started, and never for a stop. The VP then waits to be started again.
+    /// `on_halt` is called on the VP's thread whenever the VP halts by itself (power-off, reset, breakpoint, fault), once for
+    /// each time it was started, and never for a stop. The VP then waits to be started again.
     ///
     /// A panic on the VP's thread ends it. `on_halt` is then called with a [`VpHaltReason::Fault`] that has the panic's
     /// message in it, and every call that waits for the thread, or comes later, answers [`VpGone`].
@@ -156,6 +160,24 @@ impl VpThread {
     /// Puts the stopped VP into the state in which its partition created it. [`Partition::reset`] comes first.
     pub async fn reset(&self) -> Result<(), VpError> {
         self.ask(Command::Reset).await?
+    }
+
+    /// Scrubs the stopped VP: see [`crate::Processor::scrub`]. [`Partition::scrub`] comes first.
+    pub async fn scrub(&self, vtl: Vtl) -> Result<(), VpError> {
+        self.ask(|answer| Command::Scrub(vtl, answer)).await?
+    }
+
+    /// Sets what the VP halts for on a debugger's behalf, from its next entry into the guest on; `None` ends debugging. A VP that
+    /// runs leaves the guest for it and goes on.
+    pub async fn set_debug_state(&self, state: Option<DebugState>) -> Result<(), VpError> {
+        self.ask(|answer| Command::Debug(state, answer)).await?
+    }
+
+    /// Lets the processor answer what it shows of itself, on the VP's thread. A VP that runs leaves the guest for it and goes on. If
+    /// the thread has ended, the question stays unanswered.
+    pub fn inspect(&self, deferred: Deferred) {
+        // Dropped with the command, a question counts as unanswered.
+        let _ = self.commands.unbounded_send(Command::Inspect(deferred));
     }
 
     /// Calls `access` with the VP's state, on the VP's thread, everything that the VP had begun being complete.

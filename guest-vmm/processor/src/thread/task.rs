@@ -2,10 +2,13 @@
 
 use super::VpError;
 use super::executor::Wakeup;
-use crate::{CpuIo, ErasedVpState, PowerRequest, Processor, StopVpSource, VpHaltReason, VpIndex};
+use crate::{
+    CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StopVpSource, VpHaltReason, VpIndex, Vtl,
+};
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
 use futures::future::{Either, select};
+use inspect::Deferred;
 use std::convert::Infallible;
 use std::error::Error;
 use std::future::{Future, poll_fn};
@@ -26,7 +29,10 @@ pub(super) enum Command {
     Start(Option<PrepareState>, oneshot::Sender<Result<(), VpError>>),
     Stop(oneshot::Sender<()>),
     Reset(oneshot::Sender<Result<(), VpError>>),
+    Scrub(Vtl, oneshot::Sender<Result<(), VpError>>),
+    Debug(Option<DebugState>, oneshot::Sender<Result<(), VpError>>),
     Access(AccessState),
+    Inspect(Deferred),
 }
 
 /// How a run of the VP ended: by a reason of its own or because a command came. Both may be.
@@ -61,7 +67,7 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
     async fn next_command(&mut self) -> NextCommand {
         while self.running {
             let end = self.run().await;
-            if !matches!(end.reason, VpHaltReason::Stop) {
+            if !matches!(end.reason, VpHaltReason::Stop | VpHaltReason::Cancel) {
                 self.running = false;
                 (self.on_halt)(self.vp, end.reason);
             }
@@ -79,7 +85,7 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
         let run = unless_woken(&self.wakeup, self.processor.run_vp(&mut stop, &io));
         match select(self.commands.next(), pin!(run)).await {
             Either::Left((command, run)) => {
-                source.stop();
+                source.cancel();
                 let Err(reason) = run.await;
                 RunEnd { reason, command: Some(command) }
             }
@@ -95,7 +101,10 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
                 let _ = answer.send(());
             }
             Command::Reset(answer) => drop(answer.send(self.reset())),
+            Command::Scrub(vtl, answer) => drop(answer.send(self.scrub(vtl))),
+            Command::Debug(state, answer) => drop(answer.send(self.debug(state))),
             Command::Access(access) => self.access(access),
+            Command::Inspect(deferred) => deferred.inspect_mut(&mut self.processor),
         }
     }
 
@@ -103,7 +112,8 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
         self.refuse_running()?;
         if let Some(prepare) = prepare {
             self.flush()?;
-            let prepared = prepare(&mut self.processor.access_state());
+            let prepared = self.processor.access_state(Vtl::Vtl0).map_err(Into::into);
+            let prepared = prepared.and_then(|mut state| prepare(&mut state));
             prepared.map_err(|source| VpError::State { vp: self.vp, source })?;
         }
         self.running = true;
@@ -116,10 +126,26 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
         self.processor.reset().map_err(|source| self.state_error(source))
     }
 
+    fn scrub(&mut self, vtl: Vtl) -> Result<(), VpError> {
+        self.refuse_running()?;
+        self.flush()?;
+        self.processor.scrub(vtl).map_err(|source| self.state_error(source))
+    }
+
+    fn debug(&mut self, state: Option<DebugState>) -> Result<(), VpError> {
+        self.flush()?;
+        let set = self.processor.set_debug_state(Vtl::Vtl0, state.as_ref());
+        set.map_err(|source| self.state_error(source))
+    }
+
     fn access(&mut self, access: AccessState) {
-        match self.flush() {
-            Ok(()) => access(Ok(&mut self.processor.access_state())),
-            Err(error) => access(Err(error)),
+        if let Err(error) = self.flush() {
+            return access(Err(error));
+        }
+        let vp = self.vp;
+        match self.processor.access_state(Vtl::Vtl0) {
+            Ok(mut state) => access(Ok(&mut state)),
+            Err(error) => access(Err(VpError::State { vp, source: error.into() })),
         }
     }
 

@@ -149,7 +149,7 @@ impl Guest {
     /// A guest whose first VP is set to the script's first instruction, if its registers can be set.
     pub fn with(script: &Script, vp_count: u32, options: ScriptedOptions) -> Self {
         let memory = memory(script);
-        let config = PartitionConfig { vp_count, memory: memory.clone() };
+        let config = PartitionConfig::new(vp_count, memory.clone());
         let NewPartition { partition, processors } = ScriptedHypervisor { options }.build(&config).unwrap();
         let bus = Arc::new(Bus::default());
         let (halted, halts) = channel();

@@ -169,7 +169,7 @@ fn threads_are_named_and_answer_a_tokio_task() {
 #[test]
 fn a_vp_that_cannot_be_bound_says_so() {
     let options = ScriptedOptions { fail_bind: Some(VP), ..Default::default() };
-    let config = PartitionConfig { vp_count: 1, memory: memory(&ready_and_spin()) };
+    let config = PartitionConfig::new(1, memory(&ready_and_spin()));
     let mut new = ScriptedHypervisor { options }.build(&config).unwrap();
     let binder = new.processors.remove(0);
     let bus = Arc::new(Bus::default());
@@ -228,7 +228,7 @@ fn a_panic_answers_calls_that_wait() {
 fn a_panic_in_the_report_of_a_halt_is_contained() {
     let mut script = Script::new();
     script.out_word(ACPI, 0x2000);
-    let config = PartitionConfig { vp_count: 1, memory: memory(&script) };
+    let config = PartitionConfig::new(1, memory(&script));
     let mut new = ScriptedHypervisor::default().build(&config).unwrap();
     let binder = new.processors.remove(0);
     let on_halt = |_, _| panic!("on purpose");
@@ -307,7 +307,7 @@ impl CpuIo for Nested {
 fn a_wake_up_from_inside_a_device_is_not_lost() {
     let mut script = Script::new();
     script.out(SERIAL, b"!").spin();
-    let config = PartitionConfig { vp_count: 1, memory: memory(&script) };
+    let config = PartitionConfig::new(1, memory(&script));
     let NewPartition { partition, mut processors } = ScriptedHypervisor::default().build(&config).unwrap();
     let (asked, stops) = channel();
     let io = Arc::new(Nested { bus: Bus::default(), vp: OnceLock::new(), asked: Mutex::new(asked) });
@@ -326,16 +326,16 @@ fn a_wake_up_from_inside_a_device_is_not_lost() {
 
 #[test]
 fn run_vp_ends_by_its_stop() {
-    let config = PartitionConfig { vp_count: 1, memory: memory(&ready_and_spin()) };
+    let config = PartitionConfig::new(1, memory(&ready_and_spin()));
     let NewPartition { partition, mut processors } = ScriptedHypervisor::default().build(&config).unwrap();
     let mut vp = processor::BindProcessor::bind(processors.remove(0)).unwrap();
     let (source, mut stop) = StopVpSource::new();
     let bus = Bus::default();
-    assert!(!stop.is_stopped());
+    assert!(stop.asked().now_or_never().is_none());
     source.stop();
     source.stop();
-    assert!(stop.is_stopped());
-    block_on(stop.stopped());
+    assert!(matches!(stop.asked().now_or_never(), Some(VpHaltReason::Stop)));
+    assert!(matches!(block_on(stop.asked()), VpHaltReason::Stop));
     let ended = vp.run_vp(&mut stop, &bus).now_or_never();
     assert!(matches!(ended, Some(Err(VpHaltReason::Stop))));
     assert_eq!(bus.output(), "", "a VP that was stopped before it ran has run");

@@ -1,0 +1,102 @@
+//! What KVM is told of a debugger's wishes, and what it says of their fulfilment (Intel SDM volume 3, section 18.2).
+
+use crate::error::{KvmError, Named};
+use kvm_bindings::{
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    kvm_guest_debug,
+};
+use kvm_ioctls::VcpuFd;
+use processor::{AccessKind, DebugState, HardwareBreakpoint, NotSupported, VpHaltReason};
+
+/// DR6: a single step was made.
+const SINGLE_STEP: u64 = 1 << 14;
+
+/// Bits of DR7 that are always set, and that make breakpoints exact on old processors.
+const CONTROL: u64 = 1 << 10 | 1 << 9;
+
+/// Tells KVM. Nothing changes if a breakpoint is none that the architecture has.
+pub(crate) fn set(
+    vcpu: &VcpuFd,
+    state: Option<&DebugState>,
+    blocks_interrupts: bool,
+) -> Result<(), KvmError> {
+    let mut debug = kvm_guest_debug::default();
+    if let Some(DebugState { single_step, breakpoints }) = state {
+        debug.control = KVM_GUESTDBG_ENABLE;
+        if *single_step {
+            debug.control |= KVM_GUESTDBG_SINGLESTEP;
+            // A step would else be the first instruction of an interrupt's handler.
+            debug.control |= if blocks_interrupts { KVM_GUESTDBG_BLOCKIRQ } else { 0 };
+        }
+        let mut control = CONTROL;
+        for (number, breakpoint) in breakpoints.iter().enumerate() {
+            let Some(breakpoint) = breakpoint else { continue };
+            control |= control_bits(number, breakpoint)?;
+            debug.arch.debugreg[number] = breakpoint.address;
+            debug.control |= KVM_GUESTDBG_USE_HW_BP;
+        }
+        debug.arch.debugreg[7] = control;
+    }
+    vcpu.set_guest_debug(&debug).named("KVM_SET_GUEST_DEBUG")
+}
+
+/// What a breakpoint is in DR7: enabled for all tasks, its kind and length.
+fn control_bits(number: usize, breakpoint: &HardwareBreakpoint) -> Result<u64, NotSupported> {
+    if !breakpoint.is_valid() {
+        return Err(NotSupported(format!("a breakpoint for {breakpoint}").into()));
+    }
+    let kind = match breakpoint.access {
+        AccessKind::Execute => 0,
+        AccessKind::Write => 1,
+        AccessKind::ReadOrWrite => 3,
+    };
+    let length = match breakpoint.length {
+        1 => 0,
+        2 => 1,
+        8 => 2,
+        _ => 3,
+    };
+    Ok(2 << (2 * number) | (length << 2 | kind) << (16 + 4 * number))
+}
+
+/// Why a VP that is debugged has left the guest, by the DR6 that the exit reports.
+pub(crate) fn reason(state: Option<&DebugState>, dr6: u64) -> Option<VpHaltReason> {
+    let DebugState { single_step, breakpoints } = state?;
+    let hit = breakpoints.iter().enumerate().find(|(number, _)| dr6 >> number & 1 == 1);
+    match hit {
+        Some((_, Some(breakpoint))) => Some(VpHaltReason::HwBreak(*breakpoint)),
+        _ if *single_step && dr6 & SINGLE_STEP != 0 => Some(VpHaltReason::SingleStep),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn breakpoint(address: u64, length: u8, access: AccessKind) -> HardwareBreakpoint {
+        HardwareBreakpoint { address, length, access }
+    }
+
+    #[test]
+    fn breakpoints_are_encoded_as_the_architecture_has_them() {
+        let execute = breakpoint(0x1001, 1, AccessKind::Execute);
+        assert_eq!(control_bits(0, &execute).unwrap(), 0x2);
+        let write = breakpoint(0x1000, 4, AccessKind::Write);
+        assert_eq!(control_bits(1, &write).unwrap(), 0x8 | 0b1101 << 20);
+        let access = breakpoint(0x1000, 8, AccessKind::ReadOrWrite);
+        assert_eq!(control_bits(3, &access).unwrap(), 0x80 | 0b1011 << 28);
+        let error = control_bits(0, &breakpoint(0x1001, 2, AccessKind::Write)).unwrap_err();
+        assert!(error.to_string().contains("a write of 2 bytes at 0x1001"), "{error}");
+    }
+
+    #[test]
+    fn an_exit_is_what_its_dr6_says() {
+        let watched = breakpoint(0x2000, 8, AccessKind::Write);
+        let state = DebugState { single_step: true, breakpoints: [None, Some(watched), None, None] };
+        assert!(matches!(reason(Some(&state), 0xffff_0ff2), Some(VpHaltReason::HwBreak(b)) if b == watched));
+        assert!(matches!(reason(Some(&state), 0xffff_4ff0), Some(VpHaltReason::SingleStep)));
+        assert!(reason(Some(&state), 0xffff_0ff0).is_none());
+        assert!(reason(None, 0xffff_4ff1).is_none());
+    }
+}
