@@ -1,7 +1,7 @@
 //! Tests of saved state: a board of restored devices goes on as the one that was saved, and a state that no device can be in is
 //! refused and changes nothing.
 
-use crate::ioapic::tests::{Recorder, Told, ioapic};
+use crate::ioapic::tests::{Driver, Recorder, Told, ioapic};
 use crate::rtc::tests::Hand;
 use crate::{AcpiPower, Device, IoApic, IrqLine, PIN_COUNT, Rtc, SerialInput, SerialPort};
 use guest_saved_state::devices::i8042::I8042State;
@@ -62,9 +62,10 @@ struct Board {
 }
 
 impl Board {
-    /// A board that runs, at the host's time.
+    /// A board that runs, at the host's time. The serial port's interrupts arrive.
     fn new(clock: &Hand) -> Self {
         let (ioapic, routing) = ioapic();
+        Driver(ioapic.clone()).set_entry(SERIAL_PIN, 0x34);
         let output = Arc::new(Mutex::new(Vec::new()));
         let sink = output.clone();
         let sink = Arc::new(move |bytes: &[u8]| sink.lock().unwrap().extend_from_slice(bytes));
@@ -79,8 +80,9 @@ impl Board {
             Arc::new(Mutex::new(AcpiPower)),
         ];
         let (routes, clock) = (BTreeMap::new(), clock.clone());
-        let board = Self { devices, input, line, ioapic, routing, routes, output, clock };
+        let mut board = Self { devices, input, line, ioapic, routing, routes, output, clock };
         board.each(|device| device.start());
+        board.told();
         board
     }
 

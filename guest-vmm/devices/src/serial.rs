@@ -580,6 +580,26 @@ mod tests {
         assert!(room.poll_unpin(&mut Context::from_waker(&waker)).is_ready());
     }
 
+    #[test]
+    fn a_restore_sends_no_edge_again_and_later_ones_as_ever() {
+        let board = Board::new();
+        board.write(1, IER_RECEIVED | 0x02);
+        board.push(b"x");
+        board.port.lock().unwrap().stop();
+        let state = board.port.lock().unwrap().save().unwrap();
+        assert_eq!(state.interrupt_identification, u32::from(IIR_RECEIVED | IIR_TRANSMITTER_EMPTY));
+        let other = Board::new();
+        other.port.lock().unwrap().stop();
+        other.port.lock().unwrap().restore(state).unwrap();
+        other.port.lock().unwrap().start();
+        assert_eq!(other.interrupts.asserted(), [0; 0]);
+        assert_eq!(other.source(), IIR_RECEIVED);
+        assert_eq!(other.read_ready(2), b"x");
+        other.interrupts.take();
+        other.push(b"y");
+        assert_eq!(other.interrupts.asserted(), [4]);
+    }
+
     /// A reset may leave a FIFO's bytes in a full queue.
     #[test]
     fn the_longest_queue_is_restored() {
