@@ -406,7 +406,7 @@ fn what_no_serial_port_has_is_refused() {
             (|state| state.modem_status = 0xb1, "modem_status is 0xb1"),
             (|state| state.scratch = u32::MAX, "scratch is 0xffffffff"),
             (|state| state.receive_fifo = vec![0; 65], "receive_fifo is 65 bytes long"),
-            (|state| state.queued_input = vec![0; 65_601], "queued_input is 65601 bytes long"),
+            (|state| state.queued_input = vec![0; 65_596], "queued_input is 65596 bytes long"),
         ],
     );
 }

@@ -324,7 +324,8 @@ fn from_saved(state: SerialPortState) -> Result<(SerialState, Vec<u8>), RestoreE
         register::<u16>("divisor", divisor, u16::MAX.into())?.to_le_bytes();
     let byte = |field, value| register::<u8>(field, value, u8::MAX.into());
     at_most("receive_fifo", &receive_fifo, FIFO_BYTES)?;
-    at_most("queued_input", &queued_input, INPUT_CAPACITY + FIFO_BYTES)?;
+    // A reset puts the FIFO's bytes back into the queue, full or not.
+    at_most("queued_input", &queued_input, INPUT_CAPACITY + FIFO_BYTES - receive_fifo.len())?;
     let received = !receive_fifo.is_empty();
     let data_ready = if received { LSR_DATA_READY } else { 0 };
     let registers = SerialState {

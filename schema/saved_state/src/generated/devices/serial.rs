@@ -31,8 +31,8 @@ pub struct SerialPortState {
     /// What the guest finds in the receive FIFO, the next byte first; at most 64 bytes.
     #[prost(bytes = "vec", tag = "9")]
     pub receive_fifo: ::prost::alloc::vec::Vec<u8>,
-    /// What the host has sent and the FIFO had no room for, the next byte first; at most 64 KiB and a FIFO. The sender was told
-    /// that it was taken.
+    /// What the host has sent and the FIFO had no room for, the next byte first; at most 64 KiB and a FIFO, the receive FIFO
+    /// counted. The sender was told that it was taken.
     #[prost(bytes = "vec", tag = "10")]
     pub queued_input: ::prost::alloc::vec::Vec<u8>,
 }
