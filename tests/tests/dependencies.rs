@@ -86,6 +86,21 @@ fn every_source_is_the_default_registry() {
     assert!(elsewhere.is_empty(), "not from the default registry:\n{}", elsewhere.join("\n"));
 }
 
+/// The registry of saved state is for tools: the process of a guest decodes what is its own, and nothing by reflection.
+#[test]
+fn a_guests_process_knows_saved_state_without_reflection() {
+    let manifest = workspace().join("Cargo.toml");
+    let tree = ["tree", "--locked", "--package=guest-vmm", "--edges=normal", "--prefix=none", "--format={p}"];
+    let cargo =
+        std::process::Command::new(env!("CARGO")).args(tree).arg("--manifest-path").arg(manifest).output();
+    let output = cargo.expect("cargo runs the tests");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let packages = String::from_utf8(output.stdout).unwrap();
+    let has = |name: &str| packages.lines().any(|line| line.split(' ').next() == Some(name));
+    assert!(has("guest-saved-state") && has("prost"), "{packages}");
+    assert!(!has("prost-reflect"), "{packages}");
+}
+
 #[test]
 fn members_inherit_what_the_workspace_decides() {
     let metadata = metadata();

@@ -7,6 +7,7 @@
 use crate::ByteRegisters;
 use inspect::{Inspect, Request};
 use processor::PowerRequest;
+use save_restore::{NoSavedState, RestoreError, SaveError, SaveRestore};
 use std::ops::ControlFlow;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -54,6 +55,19 @@ impl ByteRegisters for AcpiPower {
     }
 
     fn reset(&mut self) {}
+}
+
+/// The registers keep nothing.
+impl SaveRestore for AcpiPower {
+    type SavedState = NoSavedState;
+
+    fn save(&mut self) -> Result<NoSavedState, SaveError> {
+        Ok(NoSavedState {})
+    }
+
+    fn restore(&mut self, NoSavedState {}: NoSavedState) -> Result<(), RestoreError> {
+        Ok(())
+    }
 }
 
 /// Shows what is built into the registers: they keep nothing.

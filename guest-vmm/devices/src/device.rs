@@ -2,6 +2,7 @@
 
 use inspect::InspectMut;
 use processor::PowerRequest;
+use save_restore::ProtobufSaveRestore;
 use std::ops::ControlFlow;
 
 /// A device with registers in a window of I/O ports or of guest physical addresses.
@@ -50,27 +51,36 @@ impl<T: ByteRegisters> IoDevice for T {
     }
 }
 
-/// A device of a machine, which starts and stops with the guest.
+/// A device of a machine, which starts and stops with the guest, and is saved and restored with it.
 ///
 /// Stopped, it does nothing of its own: no interrupt, no byte to the guest. It answers accesses all the same.
 ///
 /// It shows its registers at any time. That must not change what the guest reads, and answers at once: nothing is deferred.
-pub trait Device: IoDevice + InspectMut {
+///
+/// A device that was restored and then told of it ([`post_restore`](Self::post_restore)) answers as the one that was saved
+/// would have. A state that the device cannot be in is refused with the field's name and value, and the device is as it was.
+/// One without state is saved as [`NoSavedState`](save_restore::NoSavedState).
+pub trait Device: IoDevice + InspectMut + ProtobufSaveRestore {
     /// Begins to act of its own. Called only while stopped.
     fn start(&mut self);
 
     /// Ceases to act of its own. Called only while started.
     fn stop(&mut self);
+
+    /// Tells the rest of the machine what follows from the restored state. Called while stopped, once every part of the machine
+    /// is restored.
+    fn post_restore(&mut self);
 }
 
-/// Devices that only answer accesses, and have nothing of their own to begin or cease.
+/// Devices that only answer accesses: they have nothing of their own to begin or cease, and nobody to tell.
 macro_rules! passive {
     ($($device:ty),*) => {$(
         impl Device for $device {
             fn start(&mut self) {}
             fn stop(&mut self) {}
+            fn post_restore(&mut self) {}
         }
     )*};
 }
 
-passive!(crate::AcpiPower, crate::I8042, crate::IoApic, crate::Rtc);
+passive!(crate::AcpiPower, crate::I8042, crate::Rtc);

@@ -9,8 +9,11 @@
 //! runs into a time-out of half a second for each command.
 
 use crate::ByteRegisters;
+use crate::saved::register;
+use guest_saved_state::devices::i8042::I8042State;
 use inspect::{Inspect, Request};
 use processor::PowerRequest;
+use save_restore::{RestoreError, SaveError, SaveRestore};
 use std::ops::ControlFlow;
 
 const DATA: u64 = 0;
@@ -29,6 +32,7 @@ const PORT_B_TIMER2_OUT: u8 = 1 << 5;
 /// The keyboard controller's reset command, and system control port B.
 #[derive(Debug, Default)]
 pub struct I8042 {
+    /// The writable bits, and the refresh bit as it was read last.
     port_b: u8,
 }
 
@@ -51,6 +55,21 @@ impl I8042 {
     /// What port B reads next.
     fn port_b(&self) -> u8 {
         (self.port_b ^ PORT_B_REFRESH) | PORT_B_TIMER2_OUT
+    }
+}
+
+impl SaveRestore for I8042 {
+    type SavedState = I8042State;
+
+    fn save(&mut self) -> Result<I8042State, SaveError> {
+        let Self { port_b } = self;
+        Ok(I8042State { port_b: (*port_b).into() })
+    }
+
+    fn restore(&mut self, state: I8042State) -> Result<(), RestoreError> {
+        let I8042State { port_b } = state;
+        self.port_b = register("port_b", port_b, (PORT_B_WRITABLE | PORT_B_REFRESH).into())?;
+        Ok(())
     }
 }
 

@@ -7,9 +7,12 @@
 //! Limits: 8-bit destinations; polarity is stored and ignored, as a line has no voltage here; ExtINT sends nothing, as there is
 //! no 8259.
 
-use crate::IoDevice;
+use crate::saved::{invalid, register};
+use crate::{Device, IoDevice};
+use guest_saved_state::devices::ioapic::IoApicState;
 use inspect::{Inspect, Request};
 use processor::{MsiRequest, PowerRequest};
+use save_restore::{RestoreError, SaveError, SaveRestore};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -66,7 +69,7 @@ fn delivery_mode_name(mode: u64) -> &'static str {
 pub trait IoApicRouting: Send + Sync {
     /// Says what a pin sends when it is asserted from now on, or that it sends nothing.
     ///
-    /// Called only when that changes, so an implementation may be slow.
+    /// Called only when that changes, and for each pin in use once the IOAPIC was restored, so an implementation may be slow.
     fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>);
 
     /// Delivers a pin's message. `request` is the pin's current route.
@@ -122,6 +125,12 @@ impl Redirection {
             written.0 &= !Self::REMOTE_IRR;
         }
         written
+    }
+
+    /// The entry, if it is one that guests can bring about: remote IRR is set at level-triggered pins alone.
+    fn from_saved(bits: u64) -> Option<Self> {
+        let defined = bits & !(Self::DEFINED & !Self::DELIVERY_STATUS) == 0;
+        Some(Self(bits)).filter(|entry| defined && (entry.is_level() || !entry.has(Self::REMOTE_IRR)))
     }
 
     /// The message that the entry describes, masked or not; `None` if it describes nothing that a local APIC takes.
@@ -299,6 +308,65 @@ impl IoApic {
             pin.entry = pin.entry.with_written(u64::from(value) << shift, u64::from(u32::MAX) << shift);
             self.entry_changed(number);
         }
+    }
+}
+
+/// The lines' bits in [`IoApicState::asserted`].
+const ALL_PINS: u32 = (1 << PIN_COUNT) - 1;
+
+/// The lines are part of the state: a device that keeps one asserted does not assert it again when it is restored.
+impl SaveRestore for IoApic {
+    type SavedState = IoApicState;
+
+    fn save(&mut self) -> Result<IoApicState, SaveError> {
+        // What the routing was told follows from the entries.
+        let Self { select, id, pins, routing: _ } = self;
+        let asserted = (0..).zip(&*pins).map(|(number, pin)| u32::from(pin.asserted) << number);
+        Ok(IoApicState {
+            select: (*select).into(),
+            id: *id,
+            entries: pins.iter().map(|pin| pin.entry.0).collect(),
+            asserted: asserted.sum::<u32>(),
+        })
+    }
+
+    fn restore(&mut self, state: IoApicState) -> Result<(), RestoreError> {
+        let IoApicState { select, id, entries, asserted } = state;
+        let select = register("select", select, u8::MAX.into())?;
+        let id = register("id", id, ID_MASK)?;
+        let asserted: u32 = register("asserted", asserted, ALL_PINS)?;
+        if entries.len() != usize::from(PIN_COUNT) {
+            return Err(RestoreError::invalid("entries", format_args!("{} entries long", entries.len())));
+        }
+        let entries = entries.into_iter().enumerate().map(|(number, bits)| {
+            Redirection::from_saved(bits).ok_or_else(|| invalid(&format!("entries[{number}]"), bits))
+        });
+        let entries = entries.collect::<Result<Vec<_>, _>>()?;
+        (self.select, self.id) = (select, id);
+        for ((number, pin), entry) in (0..).zip(&mut self.pins).zip(entries) {
+            (pin.entry, pin.asserted) = (entry, asserted & (1 << number) != 0);
+        }
+        Ok(())
+    }
+}
+
+impl Device for IoApic {
+    fn start(&mut self) {}
+
+    fn stop(&mut self) {}
+
+    /// Tells the routing of every pin in use, as the partition that it stands for was restored too, or is a new one; then sends
+    /// what is due.
+    fn post_restore(&mut self) {
+        for number in 0..PIN_COUNT {
+            let pin = &mut self.pins[usize::from(number)];
+            let (told, wanted) = (pin.route, pin.wanted_route());
+            pin.route = wanted;
+            if told.or(wanted).is_some() {
+                self.routing.set_irq_route(number, wanted);
+            }
+        }
+        (0..PIN_COUNT).for_each(|number| self.service_level(number));
     }
 }
 
@@ -589,6 +657,35 @@ pub(crate) mod tests {
         IoDevice::reset(&mut *ioapic.lock().unwrap());
         assert_eq!(recorder.take(), [Told::Route(4, None)]);
         assert_eq!(driver.entry(4), MASKED);
+    }
+
+    /// The partition beside a restored IOAPIC may know no route, whatever this one was told before.
+    #[test]
+    fn after_a_restore_the_routes_are_told_again() {
+        let (ioapic, recorder) = ioapic();
+        let driver = Driver(ioapic.clone());
+        driver.set_entry(4, 0x34);
+        let state = ioapic.lock().unwrap().save().unwrap();
+        driver.set_entry(5, 0x35);
+        recorder.take();
+        ioapic.lock().unwrap().restore(state).unwrap();
+        assert_eq!(recorder.take(), []);
+        ioapic.lock().unwrap().post_restore();
+        let request = MsiRequest { address: 0xfee0_0000, data: 0x34 };
+        assert_eq!(recorder.take(), [Told::Route(4, Some(request)), Told::Route(5, None)]);
+    }
+
+    /// No guest leaves a level like that, but where it came from it would have interrupted.
+    #[test]
+    fn a_level_that_is_due_after_a_restore_is_sent_once_there_is_a_route() {
+        let (ioapic, recorder) = ioapic();
+        let mut state = ioapic.lock().unwrap().save().unwrap();
+        (state.asserted, state.entries[10]) = (1 << 10, LEVEL | 0x51);
+        ioapic.lock().unwrap().restore(state).unwrap();
+        ioapic.lock().unwrap().post_restore();
+        let request = MsiRequest { address: 0xfee0_0000, data: 0xc051 };
+        assert_eq!(recorder.take(), [Told::Route(10, Some(request)), Told::Assert(10, request)]);
+        assert_eq!(Driver(ioapic).entry(10) & Redirection::REMOTE_IRR, Redirection::REMOTE_IRR);
     }
 
     #[test]

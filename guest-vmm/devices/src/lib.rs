@@ -7,6 +7,9 @@
 //! A device shows itself in the inspection tree. What its registers hold is the guest's own and marked as sensitive. They are
 //! shown as a guest would read them next, and never read on the guest's way: looking at a device changes nothing.
 //!
+//! A device is saved into its message of the crate `guest-saved-state`. A restore looks at every field before it changes
+//! anything. What is saved is what the guest could tell apart; bytes that the guest has sent are gone, and the time is the host's.
+//!
 //! Limits: one IOAPIC with 24 pins, whose messages reach the local APICs 0 to 254; one serial port; no interrupt from the RTC.
 
 mod acpi_power;
@@ -17,7 +20,10 @@ mod i8042;
 #[cfg(test)]
 mod inspected;
 mod ioapic;
+#[cfg(test)]
+mod restored;
 mod rtc;
+mod saved;
 mod serial;
 
 pub use acpi_power::AcpiPower;

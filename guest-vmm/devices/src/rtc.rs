@@ -3,12 +3,18 @@
 //! The time is the host's, in UTC, moved by what the guest sets. It is computed when it is read: nothing ticks. Two ports: the
 //! register's index, and the register.
 //!
+//! A restored clock follows the host's clock as before: saved is how far the guest has moved it, and not the time. So the guest
+//! finds the time of day when it goes on, however long it was away, and on whichever host.
+//!
 //! Limits: no interrupt, so alarms and the periodic rate are stored and do nothing; the day of the week follows from the date;
 //! daylight saving is stored and ignored; years 1970 to 9999.
 
 use crate::ByteRegisters;
+use crate::saved::{invalid, register};
+use guest_saved_state::devices::rtc::RtcState;
 use inspect::{Inspect, Request};
 use processor::PowerRequest;
+use save_restore::{RestoreError, SaveError, SaveRestore};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::time::{Duration, SystemTime};
@@ -36,6 +42,7 @@ const STATUS_D: u8 = 0x0d;
 /// Where the RAM begins that the clock has no use for, but for the century.
 const RAM: u8 = 0x0e;
 const CENTURY: u8 = 0x32;
+const RAM_BYTES: usize = 128;
 
 const A_UPDATE_IN_PROGRESS: u8 = 1 << 7;
 /// The time base of a 32768 Hz crystal, and the rate that PC firmware sets.
@@ -149,10 +156,10 @@ pub struct Rtc {
     index: u8,
     /// Everything that keeps what is written. The bytes at the time's own indices hold what the guest has written since it
     /// stopped the clock, and mean something only while [`B_SET`] is set.
-    ram: [u8; 128],
-    /// How far the guest's time is ahead of the host's, in seconds.
+    ram: [u8; RAM_BYTES],
+    /// How far the guest's time is ahead of the host's, in seconds; at most [`LAST_SECOND`] either way.
     offset: i64,
-    /// The second at which status C was read last.
+    /// The second at which status C was read last; from 0 to [`LAST_SECOND`].
     acknowledged: i64,
 }
 
@@ -171,7 +178,7 @@ impl Rtc {
 
     /// A clock that shows the given host clock's time in BCD with 24 hours, its RAM zero.
     pub fn new(clock: Box<dyn HostClock>) -> Self {
-        let mut ram = [0; 128];
+        let mut ram = [0; RAM_BYTES];
         ram[usize::from(STATUS_A)] = A_RESET;
         ram[usize::from(STATUS_B)] = B_24_HOURS;
         Self { clock, index: 0, ram, offset: 0, acknowledged: 0 }
@@ -185,9 +192,14 @@ impl Rtc {
         self.status_b() & B_SET != 0
     }
 
+    /// The host's time, in seconds.
+    fn host_time(&self) -> i64 {
+        i64::try_from(self.clock.now().as_secs()).map_or(LAST_SECOND, |seconds| seconds.min(LAST_SECOND))
+    }
+
+    /// The guest's time, in seconds.
     fn now(&self) -> i64 {
-        let host = i64::try_from(self.clock.now().as_secs()).unwrap_or(LAST_SECOND);
-        host.saturating_add(self.offset).clamp(0, LAST_SECOND)
+        (self.host_time() + self.offset).clamp(0, LAST_SECOND)
     }
 
     fn read_register(&mut self, index: u8) -> u8 {
@@ -278,7 +290,7 @@ impl Rtc {
     /// Takes the time from the registers' bytes. If they hold no time, the clock goes on as before.
     fn adopt(&mut self) {
         if let Some(time) = self.latched().and_then(Calendar::to_unix) {
-            self.offset += time - self.now();
+            self.offset = time - self.host_time();
         }
     }
 
@@ -337,6 +349,40 @@ impl Rtc {
     }
 }
 
+impl SaveRestore for Rtc {
+    type SavedState = RtcState;
+
+    fn save(&mut self) -> Result<RtcState, SaveError> {
+        let Self { clock: _, index, ram, offset, acknowledged } = self;
+        Ok(RtcState {
+            index: (*index).into(),
+            ram: ram.to_vec(),
+            offset_seconds: *offset,
+            acknowledged_seconds: *acknowledged,
+        })
+    }
+
+    fn restore(&mut self, state: RtcState) -> Result<(), RestoreError> {
+        let RtcState { index, ram, offset_seconds, acknowledged_seconds } = state;
+        let index = register("index", index, INDEX_MASK.into())?;
+        let wrong_size =
+            |ram: Vec<u8>| RestoreError::invalid("ram", format_args!("{} bytes long", ram.len()));
+        let ram: [u8; RAM_BYTES] = ram.try_into().map_err(wrong_size)?;
+        if let Some(read_only) = [STATUS_C, STATUS_D].into_iter().find(|at| ram[usize::from(*at)] != 0) {
+            return Err(invalid(&format!("ram[{read_only}]"), ram[usize::from(read_only)]));
+        }
+        if !(-LAST_SECOND..=LAST_SECOND).contains(&offset_seconds) {
+            return Err(RestoreError::invalid("offset_seconds", offset_seconds));
+        }
+        if !(0..=LAST_SECOND).contains(&acknowledged_seconds) {
+            return Err(RestoreError::invalid("acknowledged_seconds", acknowledged_seconds));
+        }
+        (self.index, self.ram) = (index, ram);
+        (self.offset, self.acknowledged) = (offset_seconds, acknowledged_seconds);
+        Ok(())
+    }
+}
+
 const TIME_REGISTERS: [u8; 8] = [SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY];
 
 fn is_time(index: u8) -> bool {
@@ -364,7 +410,7 @@ const SHOWN_REGISTERS: [(&str, u8); 15] = [
 /// Shows the host's time and, as the guest's own, its time, what it has set, and the registers as it would read them next.
 impl Inspect for Rtc {
     fn inspect(&self, request: Request<'_>) {
-        let host = || Calendar::from_unix(self.now().saturating_sub(self.offset)).to_string();
+        let host = || Calendar::from_unix(self.host_time()).to_string();
         request.respond().field_with("host_time", host).sensitive(|response| {
             response
                 .field_with("time", || Calendar::from_unix(self.now()).to_string())
@@ -401,7 +447,7 @@ impl ByteRegisters for Rtc {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::IoDevice;
     use crate::inspected::{hex, inspected, observed};
@@ -411,7 +457,7 @@ mod tests {
 
     /// A clock that a test sets, in nanoseconds.
     #[derive(Clone, Default)]
-    struct Hand(Arc<AtomicU64>);
+    pub(crate) struct Hand(Arc<AtomicU64>);
 
     impl HostClock for Hand {
         fn now(&self) -> Duration {
@@ -420,8 +466,12 @@ mod tests {
     }
 
     impl Hand {
-        fn set(&self, seconds: u64, nanoseconds: u64) {
+        pub(crate) fn set(&self, seconds: u64, nanoseconds: u64) {
             self.0.store(seconds * 1_000_000_000 + nanoseconds, Ordering::Relaxed);
+        }
+
+        pub(crate) fn advance(&self, nanoseconds: u64) {
+            self.0.fetch_add(nanoseconds, Ordering::Relaxed);
         }
     }
 
@@ -564,6 +614,22 @@ mod tests {
         write(&mut rtc, MONTH, 0x13);
         write(&mut rtc, SECONDS, 0xff);
         assert_eq!(time(&mut rtc), [0x58, 0x59, 0x23, 0x05, 0x29, 0x02, 0x24, 0x20]);
+    }
+
+    #[test]
+    fn a_clock_at_the_end_of_time_can_be_set_back() {
+        let (mut rtc, hand) = rtc();
+        write(&mut rtc, STATUS_B, B_SET | B_24_HOURS);
+        for (index, value) in TIME_REGISTERS.into_iter().zip([0x59, 0x59, 0x23, 0x01, 0x31, 0x12, 0x99, 0x99])
+        {
+            write(&mut rtc, index, value);
+        }
+        write(&mut rtc, STATUS_B, B_24_HOURS);
+        hand.set(LEAP_DAY + 10, 0);
+        assert_eq!(time(&mut rtc), [0x59, 0x59, 0x23, 0x06, 0x31, 0x12, 0x99, 0x99], "it stands still");
+        write(&mut rtc, CENTURY, 0x20);
+        write(&mut rtc, HOURS, 0x11);
+        assert_eq!(time(&mut rtc), [0x59, 0x59, 0x11, 0x05, 0x31, 0x12, 0x99, 0x20]);
     }
 
     #[test]

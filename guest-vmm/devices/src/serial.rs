@@ -7,11 +7,20 @@
 //! `vm-superio` forgets that received data is pending once the guest has read the interrupt identification register or one byte.
 //! A driver that leaves bytes in the FIFO (Linux reads 256 at a time) would wait for ever, so that register is corrected here.
 //!
+//! What is saved: the registers, the FIFO, and the queue. The queue is the host's, but its sender was told that the bytes were
+//! taken: a guest that goes on elsewhere has to find them, once and in order. What the guest has sent left with the access, and
+//! whatever the host keeps of it is no part of the port. A restore replaces the queue of the port with the one that was saved, and
+//! interrupts nobody: the edges for what is pending were sent before, and are in the state of whoever got them.
+//!
 //! Limits: no modem, no line errors, no speed; writes take no time.
 
+use crate::saved::{invalid, register};
 use crate::{ByteRegisters, Device, IrqLine};
+use guest_saved_state::devices::serial::SerialPortState;
 use inspect::{Inspect, Request};
 use processor::PowerRequest;
+use save_restore::{RestoreError, SaveError, SaveRestore};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
@@ -35,11 +44,18 @@ const MODEM_CONTROL: u8 = 4;
 const REGISTERS: u8 = 8;
 
 const IER_RECEIVED: u8 = 1 << 0;
+const IER_DEFINED: u8 = 0x0f;
 const IIR_SOURCE: u8 = 0x0f;
+const IIR_NONE: u8 = 0x01;
 const IIR_TRANSMITTER_EMPTY: u8 = 0x02;
 const IIR_RECEIVED: u8 = 0x04;
 const IIR_FIFO_ENABLED: u8 = 0xc0;
 const LCR_DIVISOR_LATCH: u8 = 1 << 7;
+const LSR_DATA_READY: u8 = 1 << 0;
+/// The transmitter is always done: its holding register and its shift register are empty.
+const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
+/// CTS, DSR and DCD: a terminal that listens.
+const MSR_CONNECTED: u8 = 0xb0;
 const MCR_LOOPBACK: u8 = 1 << 4;
 
 /// Where the guest's bytes go.
@@ -73,13 +89,25 @@ impl io::Write for Sink {
 
 /// The interrupt as `vm-superio` wants it: an edge, as on the ISA bus.
 #[derive(Clone)]
-struct Edge(IrqLine);
+struct Edge {
+    line: IrqLine,
+    /// Whether edges reach the line. They do, but while a state is put back whose edges were sent before.
+    connected: Cell<bool>,
+}
+
+impl Edge {
+    fn new(line: IrqLine) -> Self {
+        Self { line, connected: Cell::new(true) }
+    }
+}
 
 impl Trigger for Edge {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
-        self.0.pulse();
+        if self.connected.get() {
+            self.line.pulse();
+        }
         Ok(())
     }
 }
@@ -110,7 +138,7 @@ impl SerialPort {
 
     /// A port whose interrupt is an edge on the given line.
     pub fn new(interrupt: IrqLine, output: Arc<dyn SerialOutput>) -> Self {
-        let (interrupt, output) = (Edge(interrupt), Sink(output));
+        let (interrupt, output) = (Edge::new(interrupt), Sink(output));
         Self {
             uart: Serial::new(interrupt.clone(), output.clone()),
             queue: VecDeque::new(),
@@ -143,6 +171,11 @@ impl SerialPort {
         }
         let taken = self.uart.enqueue_raw_bytes(&chunk[..length]);
         debug_assert!(matches!(taken, Ok(taken) if taken == length), "an empty FIFO takes {length} bytes");
+        self.wake_senders();
+    }
+
+    /// Lets those who wait for room look again.
+    fn wake_senders(&mut self) {
         self.waiting.drain(..).for_each(Waker::wake);
     }
 
@@ -225,6 +258,111 @@ impl Device for SerialPort {
     fn stop(&mut self) {
         self.running = false;
     }
+
+    fn post_restore(&mut self) {}
+}
+
+impl SaveRestore for SerialPort {
+    type SavedState = SerialPortState;
+
+    fn save(&mut self) -> Result<SerialPortState, SaveError> {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = self.uart.state();
+        Ok(SerialPortState {
+            divisor: u16::from_le_bytes([baud_divisor_low, baud_divisor_high]).into(),
+            interrupt_enable: interrupt_enable.into(),
+            interrupt_identification: interrupt_identification.into(),
+            line_control: line_control.into(),
+            line_status: line_status.into(),
+            modem_control: modem_control.into(),
+            modem_status: modem_status.into(),
+            scratch: scratch.into(),
+            receive_fifo: in_buffer,
+            queued_input: self.queue.iter().copied().collect(),
+        })
+    }
+
+    /// Whoever waits for room looks again: the restored queue may have some.
+    fn restore(&mut self, state: SerialPortState) -> Result<(), RestoreError> {
+        let (state, queue) = from_saved(state)?;
+        let silent = Edge { connected: Cell::new(false), ..self.interrupt.clone() };
+        let uart = Serial::from_state(&state, silent, NoEvents, self.output.clone());
+        // The model refuses a FIFO that is too long and nothing else, and that is refused above.
+        let uart = uart.map_err(|error| RestoreError::other(error.to_string()))?;
+        uart.interrupt_evt().connected.set(true);
+        (self.uart, self.queue) = (uart, queue.into());
+        self.wake_senders();
+        Ok(())
+    }
+}
+
+/// The model's registers and the queue, each field as the port can have it.
+fn from_saved(state: SerialPortState) -> Result<(SerialState, Vec<u8>), RestoreError> {
+    let SerialPortState {
+        divisor,
+        interrupt_enable,
+        interrupt_identification,
+        line_control,
+        line_status,
+        modem_control,
+        modem_status,
+        scratch,
+        receive_fifo,
+        queued_input,
+    } = state;
+    let [baud_divisor_low, baud_divisor_high] =
+        register::<u16>("divisor", divisor, u16::MAX.into())?.to_le_bytes();
+    let byte = |field, value| register::<u8>(field, value, u8::MAX.into());
+    at_most("receive_fifo", &receive_fifo, FIFO_BYTES)?;
+    // A reset puts the FIFO's bytes back into the queue, full or not.
+    at_most("queued_input", &queued_input, INPUT_CAPACITY + FIFO_BYTES - receive_fifo.len())?;
+    let received = !receive_fifo.is_empty();
+    let data_ready = if received { LSR_DATA_READY } else { 0 };
+    let registers = SerialState {
+        baud_divisor_low,
+        baud_divisor_high,
+        interrupt_enable: register("interrupt_enable", interrupt_enable, IER_DEFINED.into())?,
+        interrupt_identification: pending_sources(interrupt_identification, received)?,
+        line_control: byte("line_control", line_control)?,
+        line_status: exactly("line_status", line_status, LSR_TRANSMITTER_EMPTY | data_ready)?,
+        modem_control: byte("modem_control", modem_control)?,
+        modem_status: exactly("modem_status", modem_status, MSR_CONNECTED)?,
+        scratch: byte("scratch", scratch)?,
+        in_buffer: receive_fifo,
+    };
+    Ok((registers, queued_input))
+}
+
+/// What the model has still to report: nothing, or sources, of which received data takes some that was received.
+fn pending_sources(value: u32, received: bool) -> Result<u8, RestoreError> {
+    const FIELD: &str = "interrupt_identification";
+    let sources = register::<u8>(FIELD, value, IIR_SOURCE.into())?;
+    match sources {
+        IIR_NONE | IIR_TRANSMITTER_EMPTY => Ok(sources),
+        _ if received && sources & !IIR_TRANSMITTER_EMPTY == IIR_RECEIVED => Ok(sources),
+        _ => Err(invalid(FIELD, sources)),
+    }
+}
+
+fn exactly(field: &str, value: u32, only: u8) -> Result<u8, RestoreError> {
+    if value == u32::from(only) { Ok(only) } else { Err(invalid(field, value)) }
+}
+
+fn at_most(field: &str, bytes: &[u8], limit: usize) -> Result<(), RestoreError> {
+    if bytes.len() <= limit {
+        return Ok(());
+    }
+    Err(RestoreError::invalid(field, format_args!("{} bytes long", bytes.len())))
 }
 
 impl ByteRegisters for SerialPort {
@@ -309,7 +447,7 @@ fn locked(port: &Mutex<SerialPort>) -> MutexGuard<'_, SerialPort> {
 /// Whoever waits for room learns that there is no port.
 impl Drop for SerialPort {
     fn drop(&mut self) {
-        self.waiting.drain(..).for_each(Waker::wake);
+        self.wake_senders();
     }
 }
 
@@ -327,8 +465,6 @@ mod tests {
     const RECEIVE: u64 = 0;
     const TRANSMIT: u64 = 0;
     const LINE_STATUS: u64 = 5;
-    const LSR_DATA_READY: u8 = 1;
-    const IIR_NONE: u8 = 1;
 
     struct Board {
         port: Arc<Mutex<SerialPort>>,
@@ -429,6 +565,58 @@ mod tests {
         assert_eq!(count.0.load(Ordering::Relaxed), 1);
         assert!(room.poll_unpin(&mut Context::from_waker(&waker)).is_ready());
         assert_eq!(board.push(&bytes(4096)), FIFO_BYTES);
+    }
+
+    #[test]
+    fn a_sender_learns_of_the_room_that_a_restore_makes() {
+        let board = Board::new();
+        board.port.lock().unwrap().stop();
+        let empty = board.port.lock().unwrap().save().unwrap();
+        while board.push(&bytes(4096)) > 0 {}
+        let count = Arc::new(Count::default());
+        let (waker, mut room) = (waker(count.clone()), Box::pin(board.input.room()));
+        assert!(room.poll_unpin(&mut Context::from_waker(&waker)).is_pending());
+        board.port.lock().unwrap().restore(empty).unwrap();
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        assert!(room.poll_unpin(&mut Context::from_waker(&waker)).is_ready());
+    }
+
+    #[test]
+    fn a_restore_sends_no_edge_again_and_later_ones_as_ever() {
+        let board = Board::new();
+        board.write(1, IER_RECEIVED | 0x02);
+        board.push(b"x");
+        board.port.lock().unwrap().stop();
+        let state = board.port.lock().unwrap().save().unwrap();
+        assert_eq!(state.interrupt_identification, u32::from(IIR_RECEIVED | IIR_TRANSMITTER_EMPTY));
+        let other = Board::new();
+        other.port.lock().unwrap().stop();
+        other.port.lock().unwrap().restore(state).unwrap();
+        other.port.lock().unwrap().start();
+        assert_eq!(other.interrupts.asserted(), [0; 0]);
+        assert_eq!(other.source(), IIR_RECEIVED);
+        assert_eq!(other.read_ready(2), b"x");
+        other.interrupts.take();
+        other.push(b"y");
+        assert_eq!(other.interrupts.asserted(), [4]);
+    }
+
+    /// A reset may leave a FIFO's bytes in a full queue.
+    #[test]
+    fn the_longest_queue_is_restored() {
+        let board = Board::new();
+        let sent = bytes(INPUT_CAPACITY + FIFO_BYTES);
+        let accepted = board.push(&sent[..INPUT_CAPACITY]);
+        assert_eq!(accepted + board.push(&sent[accepted..]), sent.len());
+        board.port.lock().unwrap().stop();
+        IoDevice::reset(&mut *board.port.lock().unwrap());
+        let state = board.port.lock().unwrap().save().unwrap();
+        assert_eq!(state.queued_input, sent);
+        let other = Board::new();
+        other.port.lock().unwrap().stop();
+        other.port.lock().unwrap().restore(state).unwrap();
+        other.port.lock().unwrap().start();
+        assert_eq!(other.read_ready(usize::MAX), sent);
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! The state units of a machine: what start, stop and reset mean for its memory, partition, devices and VPs, and what each shows
-//! of itself. What the guest has put there is marked as sensitive.
+//! The state units of a machine: what start, stop, reset, save and restore mean for its memory, partition, devices and VPs, and
+//! what each shows of itself. What the guest has put there is marked as sensitive.
 //!
-//! Saved state comes with snapshots; until then every unit refuses to be saved, by name.
+//! Limits: devices are saved and restored; memory, the partition and the VPs refuse both, each with its reason.
 
 use crate::boot::BootImage;
 use crate::layout;
@@ -17,20 +17,43 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
-/// A part of the machine that starts, stops, resets and shows itself.
+/// A part of the machine that starts, stops, resets, saves, restores and shows itself.
 ///
-/// The contract of each method is [`StateUnit`]'s, and for `inspect` [`InspectMut`]'s.
+/// The contract of each method is [`StateUnit`]'s, and for `inspect` [`InspectMut`]'s. A part that saves at all has a state.
 pub(crate) trait Part: Send + 'static {
     fn start(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
     fn stop(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
     fn reset(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
+    fn can_save(&mut self) -> SaveSupport;
+    fn save(&mut self) -> impl Future<Output = Result<SavedStateBlob, SaveError>> + Send;
+    fn restore(&mut self, state: SavedStateBlob) -> impl Future<Output = Result<(), RestoreError>> + Send;
+    fn post_restore(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
     fn inspect(&mut self, request: Request<'_>);
+}
+
+/// What a [`Part`] answers that can be neither saved nor restored, for the given reason.
+macro_rules! refuse_to_be_saved {
+    ($reason:literal) => {
+        fn can_save(&mut self) -> SaveSupport {
+            SaveSupport::Refused($reason.into())
+        }
+
+        async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
+            Err(SaveError::not_supported($reason))
+        }
+
+        async fn restore(&mut self, _: SavedStateBlob) -> Result<(), RestoreError> {
+            Err(RestoreError::not_supported($reason))
+        }
+
+        async fn post_restore(&mut self) -> Result<(), UnitError> {
+            Ok(())
+        }
+    };
 }
 
 /// A [`Part`] as a state unit.
 pub(crate) struct PartUnit<P>(pub P);
-
-const NO_SAVED_STATE: &str = "saving is not supported yet";
 
 impl<P: Part> InspectMut for PartUnit<P> {
     fn inspect_mut(&mut self, request: Request<'_>) {
@@ -52,15 +75,19 @@ impl<P: Part> StateUnit for PartUnit<P> {
     }
 
     fn can_save(&mut self) -> SaveSupport {
-        SaveSupport::Refused(NO_SAVED_STATE.into())
+        self.0.can_save()
     }
 
     async fn save(&mut self) -> Result<Option<SavedStateBlob>, SaveError> {
-        Err(SaveError::not_supported(NO_SAVED_STATE))
+        self.0.save().await.map(Some)
     }
 
-    async fn restore(&mut self, _: SavedStateBlob) -> Result<(), RestoreError> {
-        Err(RestoreError::not_supported(NO_SAVED_STATE))
+    async fn restore(&mut self, state: SavedStateBlob) -> Result<(), RestoreError> {
+        self.0.restore(state).await
+    }
+
+    async fn post_restore(&mut self) -> Result<(), UnitError> {
+        self.0.post_restore().await
     }
 }
 
@@ -113,6 +140,8 @@ impl Part for MemoryPart {
         Ok(())
     }
 
+    refuse_to_be_saved!("the guest's memory has no saved state");
+
     fn inspect(&mut self, request: Request<'_>) {
         let MemoryOptions { huge_pages, prefault, lock } = self.memory.options();
         request
@@ -150,6 +179,8 @@ impl Part for PartitionPart {
         Ok(self.partition.reset()?)
     }
 
+    refuse_to_be_saved!("the partition has no saved state");
+
     fn inspect(&mut self, request: Request<'_>) {
         let mut response = request.respond();
         response.field("vps", &self.vps);
@@ -164,19 +195,43 @@ impl Part for PartitionPart {
 /// A device. Its registers are reached through the bus while it runs; the lock is held for one call.
 pub(crate) struct DevicePart(pub Arc<Mutex<dyn Device>>);
 
+impl DevicePart {
+    /// The device. Waits for an access that is under way.
+    fn device(&self) -> MutexGuard<'_, dyn Device + 'static> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Part for DevicePart {
     async fn start(&mut self) -> Result<(), UnitError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).start();
+        self.device().start();
         Ok(())
     }
 
     async fn stop(&mut self) -> Result<(), UnitError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        self.device().stop();
         Ok(())
     }
 
     async fn reset(&mut self) -> Result<(), UnitError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).reset();
+        self.device().reset();
+        Ok(())
+    }
+
+    fn can_save(&mut self) -> SaveSupport {
+        SaveSupport::Saves
+    }
+
+    async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
+        self.device().save_blob()
+    }
+
+    async fn restore(&mut self, state: SavedStateBlob) -> Result<(), RestoreError> {
+        self.device().restore_blob(state)
+    }
+
+    async fn post_restore(&mut self) -> Result<(), UnitError> {
+        self.device().post_restore();
         Ok(())
     }
 
@@ -229,6 +284,8 @@ impl Part for VpsPart {
         Ok(self.0.reset().await?)
     }
 
+    refuse_to_be_saved!("VPs have no saved state");
+
     /// What they are as a unit. What each shows of itself is reached past the unit, also while it moves.
     fn inspect(&mut self, request: Request<'_>) {
         request
@@ -266,6 +323,8 @@ impl Part for InjectedFault {
     async fn reset(&mut self) -> Result<(), UnitError> {
         self.fail_at(Self::Reset)
     }
+
+    refuse_to_be_saved!("an injected fault has no saved state");
 
     fn inspect(&mut self, request: Request<'_>) {
         request.respond().field_with("fails_at", || format!("{self:?}"));

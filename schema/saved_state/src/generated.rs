@@ -2,6 +2,7 @@
 
 /// Everything in the schema, imports included, as an encoded `google.protobuf.FileDescriptorSet`: what tools need to read saved
 /// state (`protoc --descriptor_set_in`).
+#[cfg(feature = "registry")]
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin");
 
 /// The devices' messages, one module for each package.

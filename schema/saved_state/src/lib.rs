@@ -5,10 +5,11 @@
 //! compares it with what the compiler makes of the schema today, and `tests/frozen.rs` keeps what was released as it was.
 //!
 //! A message with the option `save_restore.saved_state_root` can be the whole state of a device: it is generated with
-//! [`SavedStateRoot`](save_restore::SavedStateRoot) and listed in [`saved_state_roots`], which reads a blob by the name that it
-//! carries:
+//! [`SavedStateRoot`](save_restore::SavedStateRoot). With the feature `registry` it is also listed in `saved_state_roots`, which
+//! reads a blob by the name that it carries; what only saves and restores does without:
 //!
 //! ```
+//! # #[cfg(feature = "registry")] {
 //! use guest_saved_state::devices::i8042::I8042State;
 //! use guest_saved_state::saved_state_roots;
 //! use save_restore::SavedStateBlob;
@@ -18,13 +19,18 @@
 //!
 //! let text = saved_state_roots().describe(blob.type_name(), blob.value())?;
 //! assert_eq!(text, "port_b: 19");
-//! # Ok::<(), guest_saved_state::DescribeError>(())
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! Limits: values are not checked here; what a device accepts is decided by the device.
 
 mod generated;
+#[cfg(feature = "registry")]
 mod registry;
 
-pub use generated::{FILE_DESCRIPTOR_SET, devices};
+#[cfg(feature = "registry")]
+pub use generated::FILE_DESCRIPTOR_SET;
+pub use generated::devices;
+#[cfg(feature = "registry")]
 pub use registry::{DescribeError, SavedStateRegistry, saved_state_roots};

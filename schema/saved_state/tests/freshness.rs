@@ -68,7 +68,7 @@ fn roots(pool: &DescriptorPool) -> String {
     for path in roots.values().filter(|path| path.starts_with("crate::")) {
         writeln!(code, "impl ::save_restore::SavedStateRoot for {path} {{}}").expect("a string takes all");
     }
-    code.push_str("\n/// Every root in the schema.\n");
+    code.push_str("\n/// Every root in the schema.\n#[cfg(feature = \"registry\")]\n");
     code.push_str("pub(crate) const ROOTS: &[crate::registry::Root] = &[\n");
     for path in roots.values() {
         writeln!(code, "    crate::registry::Root::of::<{path}>(),").expect("a string takes all");

@@ -6,6 +6,7 @@ impl ::save_restore::SavedStateRoot for crate::devices::rtc::RtcState {}
 impl ::save_restore::SavedStateRoot for crate::devices::serial::SerialPortState {}
 
 /// Every root in the schema.
+#[cfg(feature = "registry")]
 pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::i8042::I8042State>(),
     crate::registry::Root::of::<crate::devices::ioapic::IoApicState>(),

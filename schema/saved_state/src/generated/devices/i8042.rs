@@ -2,7 +2,7 @@
 /// System control port B; the controller itself has no keyboard, and no state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct I8042State {
-    /// Port B (0x61): bits 0 to 3 as written, bit 4 as the refresh toggle last read.
+    /// Port B (0x61): bits 0 to 3 as written, bit 4 as the refresh toggle last read; the others are zero.
     #[prost(uint32, tag = "1")]
     pub port_b: u32,
 }

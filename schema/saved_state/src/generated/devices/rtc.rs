@@ -7,13 +7,14 @@ pub struct RtcState {
     #[prost(uint32, tag = "1")]
     pub index: u32,
     /// The 128 bytes of registers and RAM. Those at the indices of the time mean something only while SET (bit 7 of status B)
-    /// is set: they are what the guest is writing.
+    /// is set: they are what the guest is writing. Those of status C and D (12 and 13) are zero: they cannot be written.
     #[prost(bytes = "vec", tag = "2")]
     pub ram: ::prost::alloc::vec::Vec<u8>,
-    /// How far the guest's time is ahead of the host's, in seconds.
+    /// How far the guest's time is ahead of the host's, in seconds: at most 253402300799 either way.
     #[prost(sint64, tag = "3")]
     pub offset_seconds: i64,
-    /// The guest's time when it last read status C, in seconds since 1970-01-01T00:00:00Z.
+    /// The guest's time when it last read status C, in seconds since 1970-01-01T00:00:00Z: from 0 to 253402300799, the last
+    /// second of the year 9999.
     #[prost(int64, tag = "4")]
     pub acknowledged_seconds: i64,
 }
