@@ -371,7 +371,14 @@ mod tests {
         let mut kernel = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
         kernel.write_all(&script.to_elf()).unwrap();
         let boot = BootFiles { kernel, initrd: None, cmdline: String::new() };
-        MachineConfig { vps: 1, memory_bytes: 4 << 20, memory: MemoryOptions::default(), boot, inject: None }
+        MachineConfig {
+            vps: 1,
+            time: TimePolicy::default(),
+            memory_bytes: 4 << 20,
+            memory: MemoryOptions::default(),
+            boot,
+            inject: None,
+        }
     }
 
     impl Bench {
