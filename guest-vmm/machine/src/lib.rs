@@ -8,6 +8,7 @@ pub mod acpi;
 mod board;
 mod boot;
 pub mod bus;
+mod dump;
 pub mod layout;
 pub mod loader;
 mod machine;
@@ -18,6 +19,7 @@ mod vp_inspect;
 mod vp_set;
 
 pub use boot::{BootError, BootFiles};
+pub use dump::{CoreDump, DumpError};
 pub use machine::{Machine, MachineConfig, MachineError, MachineView, VPS};
 pub use memory::host_memory_bytes;
 pub use units::InjectedFault;

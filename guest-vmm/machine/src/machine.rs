@@ -11,14 +11,14 @@ use devices::{SerialInput, SerialOutput};
 use futures::future::join_all;
 use inspect::{Inspect, Inspection, Request, View};
 use processor::{
-    Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError, TimePolicy,
+    Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError, TimePolicy, VpIndex,
 };
 use state_unit::{
     BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
     TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
 };
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -90,7 +90,9 @@ pub struct Machine {
 
 /// A machine to look at, also while a transition is under way. Does not keep the machine.
 pub struct MachineView {
-    vps: Arc<VpSet>,
+    pub(crate) vps: Arc<VpSet>,
+    pub(crate) memory: Weak<GuestMemory>,
+    partition: Weak<dyn Partition>,
     units: StateUnitsInspector,
 }
 
@@ -98,6 +100,13 @@ impl MachineView {
     /// What each VP is doing, `Unanswered` for one that does not say in time.
     pub async fn vp_states(&self, within: Duration) -> Vec<VpActivity> {
         self.vps.activities(within).await
+    }
+
+    /// Sends every VP a non-maskable interrupt. VPs that are stopped take it when they run; once the machine is destroyed there is
+    /// none.
+    pub fn inject_nmi(&self) {
+        let Some(partition) = self.partition.upgrade() else { return };
+        (0..).map(VpIndex).take(self.vps.count()).for_each(|vp| partition.inject_nmi(vp));
     }
 
     /// The state units, in the order in which they were added. None once the machine is destroyed.
@@ -112,7 +121,7 @@ impl MachineView {
 
     /// Begins to inspect what is at `path`, with `depth` levels of children below it.
     ///
-    /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity` and `registers`. What
+    /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity`, `processor` and `state`. What
     /// is the guest's own (what registers hold, its command line) is there only with [`View::Everything`]. Units, VPs and
     /// devices that are stuck show as unanswered. Has to be called in the machine's runtime.
     pub fn inspect(&self, path: &str, depth: usize, view: View) -> Inspection {
@@ -171,7 +180,10 @@ impl Machine {
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
         let Assembly { units, handles, tasks, places: _ } = assembly;
-        let view = Arc::new(MachineView { vps, units: units.inspector() });
+        let units_view = units.inspector();
+        let (kept_memory, kept_partition) = (Arc::downgrade(&memory), Arc::downgrade(&shared));
+        let view = MachineView { vps, memory: kept_memory, partition: kept_partition, units: units_view };
+        let view = Arc::new(view);
         let input = SerialInput::new(&board.serial);
         Ok(Self { units, handles, view, input, tasks, partition: shared, memory })
     }

@@ -3,8 +3,8 @@
 use crate::loader::InitialVpState;
 use futures::future::{join_all, try_join_all};
 use processor::{
-    BindProcessor, CpuIo, MpState, NewPartition, Partition, SpawnVpError, StateError, VpError, VpHaltReason,
-    VpIndex, VpThread,
+    BindProcessor, CpuIo, ErasedVpState, MpState, NewPartition, Partition, SpawnVpError, StateError, VpError,
+    VpHaltReason, VpIndex, VpThread,
 };
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -156,6 +156,20 @@ impl VpSet {
             }
         });
         join_all(activities).await
+    }
+
+    /// Asks each VP's state, on its thread. `None` in place of what one that does not answer in time would have said.
+    pub(crate) async fn collect<T: Send + 'static>(
+        &self,
+        within: Duration,
+        ask: impl Fn(&mut dyn ErasedVpState) -> T + Clone + Send + 'static,
+    ) -> Vec<Result<T, Option<String>>> {
+        let threads = self.threads.read().await;
+        let answers = threads.iter().map(|thread| async {
+            let answer = tokio::time::timeout(within, thread.access(ask.clone())).await;
+            answer.map_err(|_| None)?.map_err(|error| Some(error.to_string()))
+        });
+        join_all(answers).await
     }
 
     /// What a VP is doing, as far as that is known without asking it.
