@@ -805,7 +805,8 @@ async fn an_operator_inspects_and_updates_what_is_writable(stage: Stage) -> Stor
     expect("at first", shown("on_reset").await?, "restart\n".to_owned())?;
     expect("a reset", control.update("on_reset", "stop").await?, "stop".to_owned())?;
     player.cue(&running, Act::Reset).await?;
-    running.run.await?;
+    // A guest that starts anew instead would go on for ever.
+    tokio::time::timeout(PATIENCE, running.run).await??;
     expect("outcome", running.guest.terminated().await?.outcome, Outcome::Clean)?;
     expect("after its end", refusal(control.update("on_reset", "stop").await)?, GuestError::NotRunning)
 }
