@@ -79,13 +79,18 @@ interface GuestControl {
   observer @4 () -> (observer :Observer, error :Common.Failure);
 
   powerButton @5 () -> (result :Common.Result);
-  # unimplemented, like all that follow but inspect and addUnit.
+  # unimplemented, like all that follow but inspect, update and addUnit.
   nmi @6 () -> (result :Common.Result);
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
   debugger @8 () -> (debugger :AnyPointer, error :Common.Failure);
   inspect @9 (path :Text, depth :UInt32, rendering :Rendering) -> (tree :Text, error :Common.Failure);
   # As Observer.inspect, with what is the guest's own.
-  update @10 (path :Text, value :Text) -> (result :Common.Result);
+  update @10 (path :Text, value :Text) -> (result :Common.Result, value :Text);
+  # Gives the writable node at `path` of the inspection tree a new value, written as inspect shows it in text, 4,096 bytes at most;
+  # `value` is then what the node has. Writable are `deadline` (of a transition's passes: 100ms to 10min), `on_reset` (restart
+  # or stop) and `log` (directives such as "info,guest_vmm=debug"; of the VMM's own process). badConfig if there is no such node or
+  # the node does not take the value, notSupported if it is not writable, limitExceeded, transitionTimedOut if it has not answered
+  # within half a second, notRunning once the guest has ended.
   addUnit @11 (unit :Config.UnitConfig) -> (result :Common.Result);
   # Lets a client's unit join the guest's, and starts it if they run; if that fails, it is not added. badConfig, notRunning once
   # the guest has ended, faulted, deviceStartFailure.

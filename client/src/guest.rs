@@ -130,6 +130,21 @@ impl Control {
         inspect!(self, path, depth, rendering)
     }
 
+    /// Gives the writable node at `path` of the guest's inspection tree a new value, written as `inspect` shows it in text;
+    /// answers with the value that it then has. `badConfig` if there is no such node or it does not take the value,
+    /// `notSupported` if it is not writable, `limitExceeded`, `transitionTimedOut`, `notRunning` once the guest has ended.
+    pub fn update(&self, path: &str, value: &str) -> Call<String> {
+        let mut request = self.client.update_request();
+        let mut params = request.get();
+        params.set_path(path);
+        params.set_value(value);
+        Call::send(request, self.clone(), |results| {
+            let updated = Failure::read_result(results.get_result()?)?;
+            let value = results.get_value()?.to_string()?;
+            Ok(updated.map(|()| value))
+        })
+    }
+
     /// A look at the guest.
     pub fn observer(&self) -> Observer {
         let sent = self.client.observer_request().send();

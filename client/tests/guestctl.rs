@@ -184,11 +184,15 @@ fn a_private_service_without_its_vmm_ends_with_3() {
 fn help_version_and_completions_are_there() {
     let help = text(&ends(guestctl(&["run", "--help"]), 0, "").stdout);
     assert!(help.contains("Examples:") && help.contains("Ctrl-] q"), "{help}");
+    let help = text(&ends(guestctl(&["update", "--help"]), 0, "").stdout);
+    assert!(["deadline", "on_reset", "log"].iter().all(|node| help.contains(node)), "{help}");
     let version = text(&ends(guestctl(&["--version"]), 0, "").stdout);
     assert_eq!(version, format!("guestctl {}\n", env!("CARGO_PKG_VERSION")));
     for shell in ["bash", "zsh", "fish"] {
         let script = text(&ends(guestctl(&["completions", shell]), 0, "").stdout);
-        assert!(script.contains("--on-reset") || script.contains("on-reset"), "{shell}");
+        for word in ["on-reset", "update"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
     }
 }
 
@@ -290,6 +294,23 @@ fn ended_pipe() -> ChildStdout {
     let mut child = Command::new("true").stdout(Stdio::piped()).spawn().expect("started");
     child.wait().expect("waited for");
     child.stdout.take().expect("piped")
+}
+
+#[test]
+fn update_prints_what_the_node_then_has() {
+    let service = Service::start();
+    for (value, shown) in [("hi", "HI\n"), ("-1", "-1\n"), ("", "\n")] {
+        let output = ends(service.command(&["update", "on", "greeting", value]), 0, "");
+        assert_eq!(text(&output.stdout), shown, "{value:?}");
+    }
+    for (arguments, said) in [
+        (["update", "one", "state", "off"], "there is no node \"state\""),
+        (["update", "two", "greeting", "hi"], "there is no guest \"two\""),
+    ] {
+        let output = ends(service.command(&arguments), 1, said);
+        assert!(output.stdout.is_empty());
+    }
+    ends(service.command(&["update", "one", "greeting"]), 2, "<VALUE>");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use crate::admission::{Phase, Refusal, Request, Verdict, admit};
 use crate::config::RequestedGuest;
 use crate::guest::{Guest, Milestone};
+use crate::log::LogFilter;
 use crate::platform::{Host, Platform};
 use crate::vm::{Cancel, Vm, cancelled};
 use futures::FutureExt;
@@ -169,6 +170,7 @@ enum Done {
 /// Makes every transition of one VMM's guests.
 pub(crate) struct Driver {
     host: Rc<Host>,
+    log: Option<LogFilter>,
     commands: mpsc::UnboundedReceiver<Asked>,
     current: Rc<RefCell<Option<Rc<Guest>>>>,
     milestones: mpsc::UnboundedSender<Milestone>,
@@ -188,18 +190,23 @@ pub(crate) struct Driver {
     ending: Option<Ending>,
     /// Why there is no VM, if create failed.
     failed_create: Option<Failure>,
-    on_reset: OnReset,
     last: Option<&'static str>,
 }
 
 impl Driver {
-    /// A driver and its handle. What becomes of guests is told as milestones.
-    pub fn new(platform: Platform, milestones: mpsc::UnboundedSender<Milestone>) -> (Self, DriverHandle) {
+    /// A driver and its handle. What becomes of guests is told as milestones. Their operators may change the log's filter, if
+    /// there is one.
+    pub fn new(
+        platform: Platform,
+        log: Option<LogFilter>,
+        milestones: mpsc::UnboundedSender<Milestone>,
+    ) -> (Self, DriverHandle) {
         let (sender, commands) = mpsc::unbounded_channel();
         let current = Rc::new(RefCell::new(None));
         let handle = DriverHandle { commands: sender, current: current.clone() };
         let driver = Self {
             host: Rc::new(Host::new(platform)),
+            log,
             commands,
             current,
             milestones,
@@ -215,7 +222,6 @@ impl Driver {
             stops: Vec::new(),
             ending: None,
             failed_create: None,
-            on_reset: OnReset::default(),
             last: None,
         };
         (driver, handle)
@@ -417,13 +423,12 @@ impl Driver {
         self.phase = Phase::Creating;
         self.asked = Some(reply);
         self.cancel = Cancel::default();
-        self.on_reset = config.on_reset();
-        let (host, cancel) = (self.host.clone(), self.cancel.clone());
+        let (host, log, cancel) = (self.host.clone(), self.log.clone(), self.cancel.clone());
         let operation = async move {
             if let Some(former) = former {
                 former.destroy().await;
             }
-            Done::Created(Vm::create(&host, *config, &cancel).await)
+            Done::Created(Vm::create(&host, log, *config, &cancel).await)
         };
         self.operation = Some(operation.boxed_local());
     }
@@ -483,7 +488,7 @@ impl Driver {
             }
             VpHaltReason::PowerOff => self.end(Ending::clean("the guest powered itself off")),
             VpHaltReason::Hibernate => self.end(Ending::clean("the guest hibernated itself")),
-            VpHaltReason::Reset if self.on_reset == OnReset::Stop => {
+            VpHaltReason::Reset if self.on_reset() == OnReset::Stop => {
                 self.end(Ending::clean("the guest reset itself, which ends it"));
             }
             VpHaltReason::Reset => {
@@ -502,6 +507,11 @@ impl Driver {
                 self.end(Ending::crashed(Failure::new(GuestError::VcpuRuntimeFailure, detail)));
             }
         }
+    }
+
+    /// What a reset by the guest itself does now.
+    fn on_reset(&self) -> OnReset {
+        self.vm.as_ref().map_or(OnReset::default(), |vm| vm.guest().on_reset())
     }
 
     fn finish(&mut self, done: Done) {

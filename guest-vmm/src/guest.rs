@@ -2,10 +2,11 @@
 
 use crate::events::EventLog;
 use crate::serial::SerialLog;
+use crate::settings::Settings;
 use crate::shown;
 use devices::SerialInput;
-use guest_schema::{Exit, Failure, GuestError, GuestState, Phase, Transition, UnitStatus};
-use inspect::{Node, View};
+use guest_schema::{Exit, Failure, GuestError, GuestState, OnReset, Phase, Transition, UnitStatus};
+use inspect::{Inspection, Node, Request, Update, UpdateError, View};
 use machine::MachineView;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -16,7 +17,7 @@ use tokio::sync::watch;
 /// How long VPs may take to say what they are doing.
 const VP_STATE: Duration = Duration::from_millis(500);
 
-/// How long the parts of an inspection tree may take to show themselves.
+/// How long the parts of an inspection tree may take to show themselves, or to take a new value.
 const INSPECTION: Duration = Duration::from_millis(500);
 
 /// How many levels of an inspection tree may be asked for.
@@ -24,6 +25,9 @@ const MAX_DEPTH: u32 = 32;
 
 /// How much of a path that leads nowhere is told, in characters.
 const MAX_SHOWN: usize = 200;
+
+/// The longest new value of a node, in bytes.
+const MAX_VALUE: usize = 4096;
 
 /// What becomes of the guests of a VMM, for whoever watches it.
 #[derive(Debug, Clone)]
@@ -38,6 +42,7 @@ pub(crate) enum Milestone {
 pub(crate) struct Guest {
     log: Arc<SerialLog>,
     events: Rc<EventLog>,
+    settings: Settings,
     /// None once the VM is gone.
     live: RefCell<Option<Live>>,
     exit: watch::Sender<Option<Exit>>,
@@ -54,12 +59,13 @@ struct Live {
 }
 
 impl Guest {
-    pub fn new(log: Arc<SerialLog>, input: SerialInput, view: Arc<MachineView>) -> Self {
+    pub fn new(log: Arc<SerialLog>, input: SerialInput, view: Arc<MachineView>, settings: Settings) -> Self {
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
         Self {
             log,
             events,
+            settings,
             live: RefCell::new(Some(Live { input, view })),
             exit: watch::Sender::new(None),
             phase: Cell::new(Phase::Created),
@@ -77,6 +83,11 @@ impl Guest {
     /// What became of it.
     pub fn events(&self) -> &Rc<EventLog> {
         &self.events
+    }
+
+    /// What the next reset by the guest itself does.
+    pub fn on_reset(&self) -> OnReset {
+        self.settings.on_reset()
     }
 
     /// The serial port's input, while there is one.
@@ -149,21 +160,66 @@ impl Guest {
 
     /// A node of its inspection tree.
     pub async fn inspect(&self, path: &str, depth: u32, view: View) -> Result<Node, Failure> {
-        let machine = self.view().ok_or_else(|| {
-            Failure::new(GuestError::NotRunning, "the guest has ended, and its machine with it")
-        })?;
+        let machine = self.inspected_machine()?;
         let depth = usize::try_from(depth.min(MAX_DEPTH)).unwrap_or(usize::MAX);
-        match machine.inspect(path, depth, view).finish(INSPECTION).await {
-            Node::NotFound => {
-                let shown: String = path.chars().take(MAX_SHOWN).collect();
-                let detail = format!("path: there is no node {shown:?} in the inspection tree");
-                Err(Failure::new(GuestError::BadConfig, detail))
-            }
+        let inspection = Inspection::start(path, depth, view, |request| self.answer(&machine, request));
+        match inspection.finish(INSPECTION).await {
+            Node::NotFound => Err(no_node(path)),
             node => Ok(node),
         }
+    }
+
+    /// Gives a node of its inspection tree a new value; answers with its value after that, as text.
+    pub async fn update(&self, path: &str, value: &str) -> Result<String, Failure> {
+        let machine = self.inspected_machine()?;
+        if value.len() > MAX_VALUE {
+            let detail = format!("value: {} bytes are more than {MAX_VALUE}", value.len());
+            return Err(Failure::new(GuestError::LimitExceeded, detail));
+        }
+        let update = Update::start(path, value, |request| self.answer(&machine, request));
+        match update.finish(INSPECTION).await {
+            Ok(value) => {
+                let value = value.to_string();
+                tracing::info!(?path, ?value, "a node was updated");
+                Ok(value)
+            }
+            Err(error) => Err(update_failure(path, &error)),
+        }
+    }
+
+    /// The tree: the machine's, with the settings beside it.
+    fn answer(&self, machine: &MachineView, request: Request<'_>) {
+        let mut response = request.respond();
+        machine.respond_with(&mut response);
+        self.settings.respond_with(&mut response);
+    }
+
+    fn inspected_machine(&self) -> Result<Arc<MachineView>, Failure> {
+        let ended = || Failure::new(GuestError::NotRunning, "the guest has ended, and its machine with it");
+        self.view().ok_or_else(ended)
     }
 
     fn view(&self) -> Option<Arc<MachineView>> {
         self.live.borrow().as_ref().map(|live| live.view.clone())
     }
+}
+
+/// A path as far as it is told.
+fn shown_path(path: &str) -> String {
+    path.chars().take(MAX_SHOWN).collect()
+}
+
+fn no_node(path: &str) -> Failure {
+    let detail = format!("path: there is no node {:?} in the inspection tree", shown_path(path));
+    Failure::new(GuestError::BadConfig, detail)
+}
+
+fn update_failure(path: &str, error: &UpdateError) -> Failure {
+    let (code, of) = match error {
+        UpdateError::NotFound => return no_node(path),
+        UpdateError::NotWritable => (GuestError::NotSupported, "path"),
+        UpdateError::Unanswered => (GuestError::TransitionTimedOut, "path"),
+        UpdateError::NotParseable { .. } | UpdateError::Refused { .. } => (GuestError::BadConfig, "value"),
+    };
+    Failure::new(code, format!("{of}: {:?}: {error}", shown_path(path)))
 }

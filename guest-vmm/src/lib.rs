@@ -4,7 +4,7 @@
 //! the same, launched by guestd. Whoever holds the other end of the lease's channel owns the guest: it lives no longer than that.
 //!
 //! Parts: [`driver`](self) makes every transition; `admission` says what may be asked when; `vm` is the machine with the guest in
-//! it; `guest` what holders of a capability see; `rpc` the capabilities; `config` and `files` what comes in.
+//! it; `guest` what holders of a capability see, `settings` and `log` what its operator may change; `rpc` the capabilities; `config` and `files` what comes in.
 
 mod admission;
 mod client_units;
@@ -13,12 +13,15 @@ mod driver;
 mod events;
 mod files;
 mod guest;
+mod log;
 mod platform;
 mod rpc;
 mod serial;
+mod settings;
 mod shown;
 mod vm;
 
+pub use log::{LogFilter, LogFilterError};
 pub use platform::{Platform, UnknownPlatform};
 
 use driver::{Command, Driver, DriverHandle};
@@ -51,7 +54,7 @@ pub fn serve(stream: StdStream, descriptors: Vec<OwnedFd>, platform: Platform) -
             match UnixStream::from_std(stream) {
                 Ok(stream) => {
                     let (milestones, _) = mpsc::unbounded_channel();
-                    let (driver, handle) = Driver::new(platform, milestones);
+                    let (driver, handle) = Driver::new(platform, None, milestones);
                     let driving = spawn_local(driver.drive());
                     hold_lease(stream, descriptors, &handle).await;
                     end(&handle, driving).await;
@@ -65,7 +68,7 @@ pub fn serve(stream: StdStream, descriptors: Vec<OwnedFd>, platform: Platform) -
 }
 
 /// How long a VMM may take to take its guest down once the lease has ended: longer than a pause that fails, its way back and
-/// the stop that follows, each with its deadline.
+/// the stop that follows, each with its deadline, unless an operator has made that longer: then the process ends first.
 const LEASE_END: Duration = Duration::from_secs(60);
 
 /// A runtime for the control thread of one VMM.
@@ -73,12 +76,13 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-/// Serves the private channel of the service that launched this process, until the lease has ended.
-pub fn serve_service(channel: StdStream, platform: Platform) -> io::Result<()> {
+/// Serves the private channel of the service that launched this process, until the lease has ended. The guest's operator may
+/// change the filter of the process's log.
+pub fn serve_service(channel: StdStream, platform: Platform, log: LogFilter) -> io::Result<()> {
     channel.set_nonblocking(true)?;
     let runtime = runtime()?;
     let attended = LocalSet::new().block_on(&runtime, async move {
-        attend(UnixStream::from_std(channel)?, platform).await;
+        attend(UnixStream::from_std(channel)?, platform, log).await;
         Ok(())
     });
     // The process ends now, whatever a thread of the blocking pool still waits for.
@@ -91,9 +95,9 @@ fn service_limits() -> Limits {
     Limits { calls: 1 << 20, call_bytes: 256 << 20, cancelled: 1 << 20, ..Limits::default() }
 }
 
-async fn attend(channel: UnixStream, platform: Platform) {
+async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) {
     let (milestones, told) = mpsc::unbounded_channel();
-    let (driver, handle) = Driver::new(platform, milestones);
+    let (driver, handle) = Driver::new(platform, Some(log), milestones);
     let driving = spawn_local(driver.drive());
     let (attach, attached) = oneshot::channel();
     let connection = Connection::server(channel, service_limits(), |descriptors| {

@@ -2,12 +2,11 @@
 
 use anyhow::Context;
 use clap::Parser;
-use guest_vmm::Platform;
+use guest_vmm::{LogFilter, Platform};
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 /// The VMM of one guest. It is launched by guestd and of no use by hand: standard input is guestd's private channel.
 #[derive(Parser)]
@@ -33,17 +32,9 @@ fn main() -> ExitCode {
 }
 
 fn serve(options: &Options) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&options.log).with_context(|| format!("--log {}", options.log))?;
-    // guestd adds time and guest. Its pipe may be gone, which is no reason to stop.
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .without_time()
-        .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .log_internal_errors(false)
-        .init();
+    let log = LogFilter::start(&options.log).with_context(|| format!("--log {}", options.log))?;
     let channel = channel().context("guest-vmm is launched by guestd, not by hand")?;
-    Ok(guest_vmm::serve_service(channel, options.hypervisor)?)
+    Ok(guest_vmm::serve_service(channel, options.hypervisor, log)?)
 }
 
 /// guestd's private channel.

@@ -4,8 +4,10 @@ use crate::client_units::ClientUnits;
 use crate::config::RequestedGuest;
 use crate::files;
 use crate::guest::Guest;
+use crate::log::LogFilter;
 use crate::platform::Host;
 use crate::serial::SerialLog;
+use crate::settings::Settings;
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
@@ -57,12 +59,14 @@ impl Vm {
     /// Makes a VM, stopped. On an error nothing is left.
     pub async fn create(
         host: &Host,
+        log_filter: Option<LogFilter>,
         mut requested: RequestedGuest,
         cancel: &Cancel,
     ) -> Result<Self, Failure> {
         let max_vps = host.max_vps().await.map_err(|error| initialization(&error))?;
         requested.check(max_vps, host_memory_bytes())?;
         let units = std::mem::take(&mut requested.config.units);
+        let settings = Settings::new(requested.on_reset(), log_filter);
         let config = tokio::select! {
             config = machine_config(requested) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
@@ -79,7 +83,7 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone()));
+        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), settings));
         Ok(Self { machine, client_units, halts, guest })
     }
 

@@ -4,6 +4,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use guest_client::{ClientError, Event, EventKind, Observer, Rendering, StepOutcome, UnitConfig};
@@ -80,6 +81,9 @@ stories! {
     an_observer_sees_the_units_and_what_depends_on_what;
     a_timeline_tells_who_waited_for_whom;
     only_an_operator_sees_what_is_the_guests_own;
+    an_operator_inspects_and_updates_what_is_writable;
+    an_inspected_node_that_cannot_be_updated_says_why;
+    an_operators_deadline_holds_for_a_unit_that_never_stops with ",fail-unit=stop-hangs";
     a_clients_units_move_with_the_guest;
     a_clients_unit_that_refuses_to_start_fails_the_run;
     faults_of_a_clients_units_are_listed;
@@ -770,6 +774,90 @@ async fn only_an_operator_sees_what_is_the_guests_own(stage: Stage) -> Story {
     expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
     let late = control.inspect("", 1, Rendering::Text).await;
     expect("after its end", refusal(late)?, GuestError::NotRunning)
+}
+
+async fn an_operator_inspects_and_updates_what_is_writable(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Reset).await?;
+    let (observer, control) = (running.guest.observer(), player.lifecycle.control());
+    let shown = async |path| anyhow::Ok(observer.inspect(path, 0, Rendering::Text).await?);
+    expect("at first", shown("deadline").await?, "10s\n".to_owned())?;
+    expect("the deadline", control.update("deadline", "2500ms").await?, "2.5s".to_owned())?;
+    expect("the deadline", shown("deadline").await?, "2.5s\n".to_owned())?;
+
+    // What the VMM logs only in detail comes once that is asked for.
+    let detail = "the guest reset itself";
+    player.cue(&running, Act::Reset).await?;
+    running.console.saw_times("READY", 2).await?;
+    let filter = "guest_vmm=debug,info";
+    expect("the log", control.update("log", "info,guest_vmm=debug").await?, filter.to_owned())?;
+    expect("the log", shown("log").await?, format!("{filter}\n"))?;
+    wait::until_async("the update to be logged", PATIENCE, async || {
+        stage.service.log().contains("a node was updated path=\"log\"")
+    })
+    .await?;
+    expect("details before", stage.service.log().contains(detail), false)?;
+    player.cue(&running, Act::Reset).await?;
+    wait::until_async("the detail to be logged", PATIENCE, async || stage.service.log().contains(detail))
+        .await?;
+    running.console.saw_times("READY", 3).await?;
+
+    expect("at first", shown("on_reset").await?, "restart\n".to_owned())?;
+    expect("a reset", control.update("on_reset", "stop").await?, "stop".to_owned())?;
+    player.cue(&running, Act::Reset).await?;
+    // A guest that starts anew instead would go on for ever.
+    tokio::time::timeout(PATIENCE, running.run).await??;
+    expect("outcome", running.guest.terminated().await?.outcome, Outcome::Clean)?;
+    expect("after its end", refusal(control.update("on_reset", "stop").await)?, GuestError::NotRunning)
+}
+
+async fn an_inspected_node_that_cannot_be_updated_says_why(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let control = player.lifecycle.control();
+    let long = "9".repeat(4097);
+    let cases = [
+        ("", "1", GuestError::NotSupported, "not writable"),
+        ("state", "running", GuestError::NotSupported, "\"state\": the node is not writable"),
+        ("units/memory/unit/bytes", "1", GuestError::NotSupported, "not writable"),
+        ("vps/0/registers/rip", "0", GuestError::NotSupported, "not writable"),
+        ("units/nobody", "1", GuestError::BadConfig, "there is no node \"units/nobody\""),
+        ("deadline/low", "10s", GuestError::BadConfig, "there is no node"),
+        ("deadline\0", "10s", GuestError::BadConfig, "there is no node"),
+        ("deadline", "soon", GuestError::BadConfig, "\"deadline\": \"soon\" is not a duration, such as 10s"),
+        ("deadline", "10s\0", GuestError::BadConfig, "\"10s\\0\" is not a duration"),
+        ("deadline", "1h", GuestError::BadConfig, "3600s is not within 100ms to 600s"),
+        ("deadline", &long, GuestError::LimitExceeded, "4097 bytes"),
+        ("on_reset", "explode", GuestError::BadConfig, "\"explode\" is not restart or stop"),
+        ("log", "info,guest_vmm=loud", GuestError::BadConfig, "refused: error parsing level filter"),
+        ("log", "", GuestError::BadConfig, "no directive"),
+    ];
+    for (path, value, code, reason) in cases {
+        let (refused_with, detail) = refused(control.update(path, value).await)?;
+        expect(&format!("{path} = {value}: {detail}"), refused_with, code)?;
+        says(&detail, reason)?;
+    }
+    for (path, before) in [("deadline", "10s\n"), ("on_reset", "restart\n"), ("log", "info\n")] {
+        expect(path, &control.inspect(path, 0, Rendering::Text).await?[..], before)?;
+    }
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)
+}
+
+async fn an_operators_deadline_holds_for_a_unit_that_never_stops(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Spin).await?;
+    let control = player.lifecycle.control();
+    control.update("deadline", "100ms").await?;
+    let begun = Instant::now();
+    expect("pause", refusal(control.pause().await)?, GuestError::TransitionTimedOut)?;
+    expect("within the default", begun.elapsed() < Duration::from_secs(10), true)?;
+    // The unit is still at it, and answers nothing.
+    let (code, detail) = refused(control.update("units/injected/unit/fails_at", "Start").await)?;
+    expect(&detail, code, GuestError::TransitionTimedOut)?;
+    says(&detail, "not answered in time")?;
+    expect("stop", refusal(player.lifecycle.stop().await)?, GuestError::TransitionTimedOut)?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)
 }
 
 async fn a_clients_units_move_with_the_guest(stage: Stage) -> Story {

@@ -63,6 +63,7 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Resume { id } => guests::resume(&service::running(options).await?, id).await,
         Command::Reset { id } => guests::reset(&service::running(options).await?, id).await,
         Command::Inspect(look) => look::inspect(&service::running(options).await?, look, out).await,
+        Command::Update(change) => look::update(&service::running(options).await?, change, out).await,
         Command::Events { id, from, json } => {
             look::events(&service::running(options).await?, id, *from, *json, out).await
         }

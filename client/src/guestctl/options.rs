@@ -106,6 +106,8 @@ pub enum Command {
     },
     /// Show what a guest and its machine are made of, and how they are
     Inspect(Look),
+    /// Change a value that `inspect` shows, where that is possible, and print it
+    Update(Change),
     /// Show what becomes of a guest, from its beginning to its end
     Events {
         /// Its id, or a unique beginning of it
@@ -160,6 +162,29 @@ pub struct Look {
     /// JSON instead of lines
     #[arg(long)]
     pub json: bool,
+}
+
+const UPDATE: &str = "\
+What can be changed, while the guest lives:
+  deadline  how long each pass of a transition over the state units may take: 100ms to 10min
+  on_reset  what a reset by the guest itself does: restart, stop
+  log       what the guest's VMM logs: directives such as info,guest_vmm=debug
+
+Examples:
+  guestctl update web deadline 30s
+  guestctl update web log debug";
+
+/// `guestctl update`.
+#[derive(Debug, Args)]
+#[command(after_help = UPDATE)]
+pub struct Change {
+    /// The guest's id, or a unique beginning of it
+    pub id: String,
+    /// The node, its names joined by `/`
+    pub path: String,
+    /// Its new value, as `inspect` shows it
+    #[arg(allow_hyphen_values = true)]
+    pub value: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -290,6 +315,22 @@ mod tests {
             run(&["--memory", "1G", "--cpus=4", "--on-reset", "stop", "--cmdline", "-x y"]).expect("valid");
         assert_eq!((run.cpus, run.memory, run.on_reset), (4, 1 << 30, ResetOption::Stop));
         assert_eq!(run.cmdline, "-x y");
+    }
+
+    #[test]
+    fn update_takes_any_value() {
+        for value in ["30s", "-1", "--", ""] {
+            let words = ["guestctl", "update", "web", "deadline"].into_iter().chain([value]);
+            let words: Vec<_> = if value == "--" { words.chain(["--"]).collect() } else { words.collect() };
+            match Options::try_parse_from(words).expect("valid").command {
+                Command::Update(change) => assert_eq!((&change.id[..], &change.value[..]), ("web", value)),
+                other => panic!("not update: {other:?}"),
+            }
+        }
+        assert!(
+            Options::try_parse_from(["guestctl", "update", "web", "deadline"]).is_err(),
+            "a value is needed"
+        );
     }
 
     #[test]

@@ -297,6 +297,20 @@ impl guest_control::Server for Control {
         Ok(())
     }
 
+    async fn update(
+        self: Rc<Self>,
+        params: guest_control::UpdateParams,
+        mut results: guest_control::UpdateResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let updated = updated(params.get_path()?.to_str()?, params.get_value()?.to_str()?);
+        if let Ok(value) = &updated {
+            results.get().set_value(&value[..]);
+        }
+        Failure::write_result(&updated.map(drop), results.get().init_result());
+        Ok(())
+    }
+
     async fn observer(
         self: Rc<Self>,
         _: guest_control::ObserverParams,
@@ -304,6 +318,14 @@ impl guest_control::Server for Control {
     ) -> capnp::Result<()> {
         results.get().set_observer(capnp_rpc::new_client(Observer(self.0.clone())));
         Ok(())
+    }
+}
+
+/// What there is to be updated: the node `greeting`, in upper case.
+fn updated(path: &str, value: &str) -> Result<String, Failure> {
+    match path {
+        "greeting" => Ok(value.to_uppercase()),
+        _ => Err(Failure::new(GuestError::BadConfig, format!("path: there is no node {path:?}"))),
     }
 }
 
@@ -395,6 +417,25 @@ impl guest_host::Server for HostServer {
         results.get().set_id(params.get()?.get_id()?);
         results.get().set_lifecycle(capnp_rpc::new_client(lifecycle));
         results.get().set_exit(capnp_rpc::new_client(ExitOf(self.machine.clone())));
+        Ok(())
+    }
+
+    async fn find(
+        self: Rc<Self>,
+        params: guest_host::FindParams,
+        mut results: guest_host::FindResults,
+    ) -> capnp::Result<()> {
+        let id = params.get()?.get_id()?.to_str()?;
+        if !"one".starts_with(id) {
+            let failure = Failure::new(GuestError::BadConfig, format!("id: there is no guest {id:?}"));
+            failure.write(results.get().init_error());
+            return Ok(());
+        }
+        let mut results = results.get();
+        results.set_id("one");
+        results.set_control(capnp_rpc::new_client(Control(self.machine.clone())));
+        results.set_observer(capnp_rpc::new_client(Observer(self.machine.clone())));
+        results.set_exit(capnp_rpc::new_client(ExitOf(self.machine.clone())));
         Ok(())
     }
 

@@ -28,7 +28,7 @@ impl Inspection {
     /// levels of children below it, as far as `view` allows.
     pub fn start(path: &str, depth: usize, view: View, component: impl FnOnce(Request<'_>)) -> Self {
         let mut slot = Slot::Unanswered;
-        component(Request::new(path, depth, view, &mut slot));
+        component(Request::look(path, depth, view, &mut slot));
         Self { slot }
     }
 

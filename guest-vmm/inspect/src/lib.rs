@@ -14,7 +14,12 @@
 //! deadline and gives the finished tree, a [`Node`]; parts that are late show as [`Node::Unanswered`], and delay
 //! nothing but the end of their own inspection.
 //!
-//! Limits: nodes are read-only; a name is the path segment up to the next `/`, or any name that the path begins with.
+//! A node may be writable ([`Response::writable`]). An [`Update`] takes a text to the node at its path, the same way that a
+//! question goes, and also when that is deferred. The node's type reads the text ([`FromText`]), the component takes the
+//! value or refuses it, and the answer is the node's value after it or an [`UpdateError`]. There is no update without the
+//! sight of everything. Renderings do not mark a writable node: its text is its value alone, as an update takes it back.
+//!
+//! Limits: an update is of one node; a name is the path segment up to the next `/`, or any name that the path begins with.
 //!
 //! ```
 //! use inspect::{Inspect, Inspection, Request, View};
@@ -41,21 +46,62 @@
 //! assert_eq!(node.to_string(), "armed: true\n");
 //! # }
 //! ```
+//!
+//! A writable node, and what becomes of updates:
+//!
+//! ```
+//! use inspect::{InspectMut, Request, Update, UpdateError, Value};
+//!
+//! struct Port { open: bool, queue: u16 }
+//!
+//! impl InspectMut for Port {
+//!     fn inspect_mut(&mut self, request: Request<'_>) {
+//!         let queue = self.queue;
+//!         request.respond().field("open", &self.open).writable("queue", || queue, |new| {
+//!             if new == 0 {
+//!                 return Err("a port needs a queue");
+//!             }
+//!             self.queue = new;
+//!             Ok(new)
+//!         });
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let mut port = Port { open: true, queue: 16 };
+//! let mut update = async |path, text| {
+//!     let update = Update::start(path, text, |request| port.inspect_mut(request));
+//!     update.finish(std::time::Duration::from_secs(1)).await
+//! };
+//! assert_eq!(update("queue", "64").await, Ok(Value::Unsigned(64)));
+//! let refusal = |error: Result<Value, UpdateError>| error.unwrap_err().to_string();
+//! assert_eq!(refusal(update("queue", "0").await), "refused: a port needs a queue");
+//! assert_eq!(refusal(update("queue", "-1").await), "\"-1\" is not a whole number from 0 to 65535");
+//! assert_eq!(refusal(update("open", "false").await), "the node is not writable");
+//! assert_eq!(port.queue, 64);
+//! # }
+//! ```
 
 mod implementations;
 mod inspection;
 mod node;
 mod request;
+mod text;
+mod update;
 
 pub use implementations::Hex;
 pub use inspection::{Inspection, View};
 pub use node::{Node, Value};
 pub use request::{Deferred, Request, Response};
+pub use text::FromText;
+pub use update::{Update, UpdateError};
 
 /// A component that can show itself through a shared reference.
 ///
-/// `inspect` answers the request in exactly one way: [`Request::value`], [`Request::respond`] or [`Request::defer`].
-/// A request that is dropped unanswered shows as [`Node::Unanswered`]. It must not block.
+/// `inspect` answers the request in exactly one way: [`Request::value`], [`Request::writable`], [`Request::respond`] or
+/// [`Request::defer`]. A request that is dropped unanswered shows as [`Node::Unanswered`]. It must not block. The same method answers updates;
+/// nothing but a writable node can tell.
 pub trait Inspect {
     /// Answers `request` with what this component shows of itself.
     fn inspect(&self, request: Request<'_>);

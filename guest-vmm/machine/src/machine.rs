@@ -9,7 +9,7 @@ use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, Partit
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::{SerialInput, SerialOutput};
 use futures::future::join_all;
-use inspect::{Inspect, Inspection, Request, View};
+use inspect::{Inspect, Request, Response};
 use processor::{
     Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError, TimePolicy, VpIndex,
 };
@@ -119,19 +119,19 @@ impl MachineView {
         self.units.timeline()
     }
 
-    /// Begins to inspect what is at `path`, with `depth` levels of children below it.
-    ///
-    /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity`, `processor` and `state`. What
-    /// is the guest's own (what registers hold, its command line) is there only with [`View::Everything`]. Units, VPs and
-    /// devices that are stuck show as unanswered. Has to be called in the machine's runtime.
-    pub fn inspect(&self, path: &str, depth: usize, view: View) -> Inspection {
-        Inspection::start(path, depth, view, |request| self.answer(request))
-    }
-
-    fn answer(&self, request: Request<'_>) {
-        let mut response = request.respond();
-        self.units.respond_with(&mut response);
+    /// Adds the children of the machine's tree to a response that may have others beside them.
+    pub fn respond_with(&self, response: &mut Response<'_>) {
+        self.units.respond_with(response);
         response.child(VPS, |request| self.vps.inspect(request));
+    }
+}
+
+/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity`, `processor` and `state`. What is the
+/// guest's own (what registers hold, its command line) is marked as sensitive. Units, VPs and devices that are stuck show as
+/// unanswered. To be asked in the machine's runtime.
+impl Inspect for MachineView {
+    fn inspect(&self, request: Request<'_>) {
+        self.respond_with(&mut request.respond());
     }
 }
 

@@ -2,9 +2,9 @@
 //! are stuck, and through the eyes of somebody who may not see the guest's own.
 
 use devices::SerialOutput;
-use inspect::{Node, Value, View};
+use inspect::{Inspect, Inspection, Node, Update, UpdateError, Value, View};
 use machine::memory::MemoryOptions;
-use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig};
+use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig, MachineView};
 use processor::scripted::{Script, ScriptedHypervisor, ScriptedOptions};
 use processor::{
     DebugCapabilities, ErasedPartitionState, Hypervisor, MsiRequest, NewPartition, Partition,
@@ -157,12 +157,21 @@ impl Bench {
     }
 
     async fn look(&self, path: &str) -> Node {
-        self.machine.view().inspect(path, usize::MAX, View::Everything).finish(PATIENT).await
+        begin(self.machine.view(), path, usize::MAX, View::Everything).finish(PATIENT).await
     }
 
     async fn observe(&self, path: &str) -> Node {
-        self.machine.view().inspect(path, usize::MAX, View::WithoutSensitive).finish(PATIENT).await
+        begin(self.machine.view(), path, usize::MAX, View::WithoutSensitive).finish(PATIENT).await
     }
+
+    async fn update(&self, path: &str, text: &str) -> Result<Value, UpdateError> {
+        let view = self.machine.view();
+        Update::start(path, text, |request| view.inspect(request)).finish(PATIENT).await
+    }
+}
+
+fn begin(machine: &MachineView, path: &str, depth: usize, view: View) -> Inspection {
+    Inspection::start(path, depth, view, |request| machine.inspect(request))
 }
 
 fn file(bytes: &[u8]) -> File {
@@ -216,7 +225,7 @@ async fn every_unit_device_and_vp_of_a_running_machine_is_in_the_tree() {
     bench.start().await;
     let tree = bench.look("").await;
     assert_eq!(unanswered(&tree, ""), [""; 0]);
-    assert_eq!(names(&tree), ["state", "units", "vps"]);
+    assert_eq!(names(&tree), ["state", "deadline", "units", "vps"]);
     assert_eq!(names(at(&tree, "units")), UNITS);
     for unit in UNITS {
         let unit = at(at(&tree, "units"), unit);
@@ -273,7 +282,7 @@ async fn only_the_vps_on_the_path_are_asked() {
         assert!(matches!(bench.look(path).await, Node::Children(_) | Node::Value(_)), "{path}");
     }
     assert_eq!(bench.look("units/rtc/unit/registers/nothing").await, Node::NotFound);
-    let shallow = bench.machine.view().inspect("vps", 1, View::Everything).finish(PATIENT).await;
+    let shallow = begin(bench.machine.view(), "vps", 1, View::Everything).finish(PATIENT).await;
     assert_eq!(shallow.to_string(), "0: …\n1: …\n");
     assert_eq!(bench.hypervisor.take(), [0; 0], "nobody has left the guest");
 
@@ -311,6 +320,32 @@ async fn an_observer_sees_states_and_sizes_and_nothing_of_the_guests() {
 }
 
 #[tokio::test]
+async fn an_update_reaches_units_devices_and_the_threads_of_vps() {
+    let (script, _) = spinning();
+    let mut bench = Bench::new(&script).await;
+    bench.start().await;
+    assert_eq!(bench.update("deadline", "3s").await, Ok(Value::Duration(Duration::from_secs(3))));
+    assert_eq!(bench.look("deadline").await, Node::Value(Value::Duration(Duration::from_secs(3))));
+    // Each of these is asked where it lives, and takes nothing.
+    let shown = [
+        "units/memory/unit/bytes",
+        "units/serial/unit/registers/scr",
+        "vps/0/registers/rip",
+        "vps/1/activity",
+    ];
+    for path in shown {
+        assert_eq!(bench.update(path, "1").await, Err(UpdateError::NotWritable), "{path}");
+    }
+    for path in
+        ["units/serial/unit/registers/none", "vps/0/registers/rip/low", "vps/2", "units/memory/unit/bytes/0"]
+    {
+        assert_eq!(bench.update(path, "1").await, Err(UpdateError::NotFound), "{path}");
+    }
+    assert_eq!(bench.look("units/serial/unit/registers/scr").await, hex(0x5a));
+    bench.machine.destroy().await;
+}
+
+#[tokio::test]
 async fn a_unit_that_hangs_in_a_transition_shows_as_such_and_the_others_answer() {
     let (script, _) = spinning();
     let fault = Some(InjectedFault::StopHangs);
@@ -326,7 +361,7 @@ async fn a_unit_that_hangs_in_a_transition_shows_as_such_and_the_others_answer()
         assert!(futures::poll!(&mut pause).is_pending());
         tokio::task::yield_now().await;
     }
-    let tree = view.inspect("", usize::MAX, View::Everything).finish(IMPATIENT).await;
+    let tree = begin(&view, "", usize::MAX, View::Everything).finish(IMPATIENT).await;
     assert_eq!(unanswered(&tree, ""), ["/units/injected/unit"]);
     assert_eq!(at(&tree, "units/injected/unit_state"), &text("stopping"));
     assert_eq!(at(&tree, "units/partition/unit_state"), &text("running"), "it waits");
@@ -350,7 +385,7 @@ async fn a_stuck_vp_and_the_device_that_it_holds_delay_nobody() {
     bench.start().await;
     // VP 0 is in the middle of its access to the serial port.
     let view = bench.machine.view().clone();
-    let tree = view.inspect("", usize::MAX, View::Everything).finish(IMPATIENT).await;
+    let tree = begin(&view, "", usize::MAX, View::Everything).finish(IMPATIENT).await;
     assert_eq!(
         unanswered(&tree, ""),
         ["/units/serial/unit", "/vps/0/activity", "/vps/0/processor", "/vps/0/state"]
@@ -359,7 +394,7 @@ async fn a_stuck_vp_and_the_device_that_it_holds_delay_nobody() {
     assert_eq!(at(&tree, "units/serial/unit_state"), &text("running"));
 
     // An inspection that began meanwhile gets its answer after the access.
-    let begun = view.inspect("units/serial/unit/running", 0, View::Everything);
+    let begun = begin(&view, "units/serial/unit/running", 0, View::Everything);
     tokio::task::yield_now().await;
     drop(release);
     assert_eq!(begun.finish(PATIENT).await, Node::Value(true.into()));
@@ -390,6 +425,6 @@ async fn of_a_destroyed_machine_nothing_is_left_to_see() {
     assert_eq!(view.graph().len(), UNITS.len());
     bench.machine.destroy().await;
     assert_eq!((view.graph(), view.timeline()), (Vec::new(), Vec::new()));
-    let tree = view.inspect("", usize::MAX, View::Everything).finish(PATIENT).await;
+    let tree = begin(&view, "", usize::MAX, View::Everything).finish(PATIENT).await;
     assert_eq!(tree.to_string(), "vps: (empty)\n");
 }

@@ -91,6 +91,20 @@ impl guest_control::Server for Control {
         }
         Ok(())
     }
+    async fn update(
+        self: Rc<Self>,
+        params: guest_control::UpdateParams,
+        mut results: guest_control::UpdateResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let (path, value) = (params.get_path()?.to_str()?, params.get_value()?.to_str()?);
+        let updated = self.guest.update(path, value).await;
+        if let Ok(value) = &updated {
+            results.get().set_value(&value[..]);
+        }
+        Failure::write_result(&updated.map(drop), results.get().init_result());
+        Ok(())
+    }
     async fn add_unit(
         self: Rc<Self>,
         params: guest_control::AddUnitParams,

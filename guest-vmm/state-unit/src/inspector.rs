@@ -5,12 +5,17 @@ use crate::phase::Phase;
 use crate::set::Shared;
 use crate::{StateRequest, TransitionRecord, UnitState};
 use inspect::{Inspect, Request, Response};
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+/// The deadlines that an update may set: time for a unit to answer at all, and an end that somebody may still wait for.
+const DEADLINES: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(600);
 
 /// Shows a set of units, also while a transition is in flight. Does not keep the set alive: once that is dropped, there
 /// is nothing to show.
 ///
-/// The tree: `state`, and below `units/<name>` the texts `dependencies`, `dependents` and `unit_state`, and as `unit` what
+/// The tree: `state`; `deadline`, of each pass from the next one on, which is writable from 100 ms to 10 min; and below `units/<name>` the texts `dependencies`, `dependents` and `unit_state`, and as `unit` what
 /// the unit shows of itself. A unit that is busy with a transition may show as unanswered; the others are not concerned.
 #[derive(Debug, Clone)]
 pub struct StateUnitsInspector {
@@ -39,6 +44,7 @@ impl StateUnitsInspector {
         let Some(shared) = self.shared.upgrade() else { return };
         response
             .field_with("state", || shared.state().to_string())
+            .writable("deadline", || shared.deadline(), |deadline| set_deadline(&shared, deadline))
             .child("units", |request| inspect_units(&shared.snapshot(), request));
     }
 }
@@ -47,6 +53,21 @@ impl Inspect for StateUnitsInspector {
     fn inspect(&self, request: Request<'_>) {
         self.respond_with(&mut request.respond());
     }
+}
+
+fn set_deadline(shared: &Shared, deadline: Duration) -> Result<Duration, DeadlineOutOfBounds> {
+    if !DEADLINES.contains(&deadline) {
+        return Err(DeadlineOutOfBounds { deadline });
+    }
+    shared.set_deadline(deadline);
+    Ok(deadline)
+}
+
+/// A deadline that no operator can want.
+#[derive(Debug, thiserror::Error)]
+#[error("{deadline:?} is not within {:?} to {:?}", DEADLINES.start(), DEADLINES.end())]
+struct DeadlineOutOfBounds {
+    deadline: Duration,
 }
 
 fn inspect_units(topology: &Topology, request: Request<'_>) {

@@ -11,7 +11,7 @@
 //! What holds for every transition:
 //! - It returns a `Result`. A unit that fails, panics, goes away or is late fails the transition, never the process; the
 //!   units that come after it are skipped, and the error names each.
-//! - It has one deadline ([`StateUnits::set_deadline`]). An answer after it is recorded and not acted upon.
+//! - It has one deadline ([`StateUnits::set_deadline`]; `deadline` in the inspection tree is writable). An answer after it is recorded and not acted upon.
 //! - It runs to its end, even if the future that asked for it is dropped. The next transition waits for that end.
 //!
 //! Limits: transitions need a `tokio` runtime with time enabled; order through a unit that was removed is not kept; a

@@ -33,7 +33,7 @@ pub enum StateRequest {
     Restore(SavedStateBlob, Answer<()>),
     /// All units have been restored.
     PostRestore(Answer<()>),
-    /// Show yourself.
+    /// Show yourself, or update a node of yours.
     Inspect(Deferred),
 }
 

@@ -94,6 +94,14 @@ impl Shared {
         self.control().state = state;
     }
 
+    pub(crate) fn deadline(&self) -> Duration {
+        self.control().deadline
+    }
+
+    pub(crate) fn set_deadline(&self, deadline: Duration) {
+        self.control().deadline = deadline;
+    }
+
     pub(crate) fn timeline(&self) -> Vec<TransitionRecord> {
         let control = self.control();
         let phases: Vec<Arc<Phase>> = control.timeline.phases().chain(&control.current).cloned().collect();
@@ -341,7 +349,7 @@ impl StateUnits {
     /// A transition is one pass; moving back after a failure, post-restore, and the second part of a stop with late
     /// units are one more each.
     pub fn set_deadline(&self, deadline: Duration) {
-        self.shared.control().deadline = deadline;
+        self.shared.set_deadline(deadline);
     }
 
     /// Begins to add a unit. Its name has to be unique in the set, and is its name in saved state.

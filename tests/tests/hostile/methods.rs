@@ -44,7 +44,9 @@ async fn methods_without_a_body(channel: Channel) -> Story {
     of_the_guest(&guest).await?;
     let control = lifecycle.control_request().send().pipeline.get_control();
     of_the_control(&control).await?;
-    of_the_observer(&guest.observer_request().send().pipeline.get_observer()).await?;
+    let observer = guest.observer_request().send().pipeline.get_observer();
+    of_the_observer(&observer).await?;
+    of_an_observer_that_claims_control(observer).await?;
     // None of it has changed anything.
     let stopped = lifecycle.stop_request().send().promise.await?;
     Ok(Failure::read_result(stopped.get()?.get_result()?)??)
@@ -83,10 +85,49 @@ async fn of_the_control(control: &guest_control::Client) -> Story {
     unimplemented("nmi", control.nmi_request().send().promise).await?;
     unimplemented("snapshot", control.snapshot_request().send().promise).await?;
     unimplemented("debugger", control.debugger_request().send().promise).await?;
-    unimplemented("update", control.update_request().send().promise).await?;
+    of_the_update(control).await?;
     let answer = control.add_unit_request().send().promise.await?;
     let failure = Failure::read_result(answer.get()?.get_result()?)?.err();
     expect("a unit that is none", failure.map(|failure| failure.code), Some(GuestError::BadConfig))
+}
+
+/// Updates of what no tree has, and to what no node takes, are refused and change nothing.
+async fn of_the_update(control: &guest_control::Client) -> Story {
+    let unset = control.update_request().send().promise.await?;
+    let failure = Failure::read_result(unset.get()?.get_result()?)?.err();
+    expect("the root", failure.map(|failure| failure.code), Some(GuestError::NotSupported))?;
+    let (slashes, deep, long) = ("/".repeat(1 << 16), "units/".repeat(1 << 14), "9".repeat(1 << 16));
+    let cases = [
+        (&slashes[..], "1", GuestError::NotSupported),
+        (&deep, "1", GuestError::BadConfig),
+        ("\0/../é", "1", GuestError::BadConfig),
+        ("deadline/deadline", "1s", GuestError::BadConfig),
+        ("deadline", &long, GuestError::LimitExceeded),
+        ("deadline", &long[..4096], GuestError::BadConfig),
+        ("deadline", "1s\0", GuestError::BadConfig),
+        ("log", "info\0", GuestError::BadConfig),
+        ("log", "\u{1b}[2J", GuestError::BadConfig),
+    ];
+    for (path, value, code) in cases {
+        let mut request = control.update_request();
+        request.get().set_path(path);
+        request.get().set_value(value);
+        let answer = request.send().promise.await?;
+        let failure = Failure::read_result(answer.get()?.get_result()?)?;
+        let Err(failure) = failure else { anyhow::bail!("{path:.20} took {value:.20}") };
+        expect(&failure.detail, failure.code, code)?;
+        expect("the detail is bounded", failure.detail.len() < 1024, true)?;
+    }
+    Ok(())
+}
+
+/// An observer is no operator, whatever a client calls it.
+async fn of_an_observer_that_claims_control(observer: observer::Client) -> Story {
+    let control = guest_control::Client { client: observer.client };
+    let mut request = control.update_request();
+    request.get().set_path("deadline");
+    request.get().set_value("1s");
+    unimplemented("an observer's update", request.send().promise).await
 }
 
 /// A subscription to nowhere, and a look at what no tree has, are refused.

@@ -1,11 +1,11 @@
-//! The commands that look into a guest: inspect, events, graph, timeline.
+//! The commands that look into a guest: inspect, events, graph, timeline; and update, which changes what inspect shows.
 
 mod events;
 mod graph;
 mod timeline;
 
 use crate::ending::{Outcome, Trouble};
-use crate::options::{GraphFormat, Look};
+use crate::options::{Change, GraphFormat, Look};
 use crate::out::Out;
 use guest_client::{Event, Host, Rendering};
 use std::path::Path;
@@ -23,6 +23,13 @@ pub async fn inspect(host: &Host, look: &Look, out: &Out) -> Outcome {
         tree.push('\n');
     }
     out.write(tree.as_bytes())
+}
+
+/// Gives a node of a guest's inspection tree a new value, and prints what it then has.
+pub async fn update(host: &Host, change: &Change, out: &Out) -> Outcome {
+    let control = host.find(&change.id).await?.control;
+    let value = control.update(&change.path, &change.value).await?;
+    out.write(format!("{value}\n").as_bytes())
 }
 
 /// Prints what becomes of a guest, until it has ended.

@@ -1,7 +1,7 @@
 //! Stories over the public interface: what a set of units does in fair and in foul weather.
 
 use crate::support::{Machine, Script};
-use inspect::{Inspect, Inspection, View};
+use inspect::{Inspect, Inspection, Update, UpdateError, Value, View};
 use state_unit::{
     BuildError, IllegalReason, SavedStateUnit, SetState, StateTransitionError, StateUnits, UnitFailures,
     UnitOutcome, UnitState,
@@ -438,6 +438,7 @@ async fn the_inspector_shows_the_graph_during_a_transition_and_the_stuck_unit_as
     assert_eq!(
         text,
         "state: stopped
+deadline: 10s
 units:
   stuck:
     dependencies: 
@@ -465,6 +466,56 @@ units:
     assert_eq!(inspector.timeline(), machine.units.timeline());
     let waits = &inspector.timeline()[0].units[2].outcome;
     assert_eq!(*waits, UnitOutcome::Waiting(vec!["stuck".into()]));
+}
+
+async fn update(machine: &Machine, path: &str, text: &str) -> Result<Value, UpdateError> {
+    let inspector = machine.units.inspector();
+    Update::start(path, text, |request| inspector.inspect(request)).finish(Duration::from_secs(1)).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operators_deadline_holds_from_the_next_pass_on() {
+    let machine = Machine::new();
+    let _stuck = machine.add(machine.unit("stuck").on("start", Script::Hang), &[]);
+    let begun = tokio::time::Instant::now();
+    let start = machine.units.start();
+    tokio::pin!(start);
+    assert!(futures::poll!(&mut start).is_pending());
+    tokio::task::yield_now().await;
+    assert_eq!(update(&machine, "deadline", "250ms").await, Ok(Value::Duration(Duration::from_millis(250))));
+    start.await.unwrap_err();
+    // The pass in flight keeps its 10 s; moving back has the new deadline.
+    assert_eq!(begun.elapsed(), Duration::from_millis(10_250));
+
+    for (text, reason) in [
+        ("99ms", "refused: 99ms is not within 100ms to 600s"),
+        ("601s", "refused: 601s is not within 100ms to 600s"),
+        ("0", "refused: 0ns is not within 100ms to 600s"),
+        ("soon", "\"soon\" is not a duration, such as 10s, 1.5s, 250ms or 2min"),
+    ] {
+        assert_eq!(update(&machine, "deadline", text).await.unwrap_err().to_string(), reason);
+    }
+    assert_eq!(update(&machine, "deadline", "10min").await, Ok(Value::Duration(Duration::from_secs(600))));
+    assert_eq!(update(&machine, "state", "running").await, Err(UpdateError::NotWritable));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_units_own_nodes_are_updated_by_the_unit_unless_it_is_stuck() {
+    let machine = Machine::new();
+    let free = machine.add(machine.unit("free"), &[]);
+    let _stuck = machine.add(machine.unit("stuck").on("start", Script::Hang), &[]);
+    assert_eq!(update(&machine, "units/free/unit/count", "7").await, Ok(Value::Unsigned(7)));
+    let refused = update(&machine, "units/free/unit/count", "1000").await.unwrap_err();
+    assert_eq!(refused, UpdateError::Refused { reason: "a test counts to 999".to_owned() });
+    assert_eq!(update(&machine, "units/free/unit", "7").await, Err(UpdateError::NotWritable));
+    assert_eq!(update(&machine, "units/free/unit/sum", "7").await, Err(UpdateError::NotFound));
+    let start = machine.units.start();
+    tokio::pin!(start);
+    assert!(futures::poll!(&mut start).is_pending());
+    tokio::task::yield_now().await;
+    assert_eq!(update(&machine, "units/stuck/unit/count", "7").await, Err(UpdateError::Unanswered));
+    assert_eq!(update(&machine, "units/free/unit/count", "8").await, Ok(Value::Unsigned(8)));
+    assert_eq!(free.remove().await.unwrap().count, 8);
 }
 
 #[tokio::test]

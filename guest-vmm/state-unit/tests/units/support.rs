@@ -1,6 +1,6 @@
 //! A scripted unit and the log that all units of a test write to.
 
-use inspect::{Inspect, Request};
+use inspect::{InspectMut, Request};
 use save_restore::{RestoreError, SaveError, SavedStateBlob, saved_state_root};
 use state_unit::{
     RequestReceiver, SaveSupport, SpawnedUnit, StateUnit, StateUnits, UnitError, UnitHandle, run_unit,
@@ -79,9 +79,17 @@ impl TestUnit {
     }
 }
 
-impl Inspect for TestUnit {
-    fn inspect(&self, request: Request<'_>) {
-        request.respond().field("count", &self.count);
+impl InspectMut for TestUnit {
+    fn inspect_mut(&mut self, request: Request<'_>) {
+        let count = self.count;
+        let write = |new| match new {
+            0..1000 => {
+                self.count = new;
+                Ok(new)
+            }
+            _ => Err("a test counts to 999"),
+        };
+        request.respond().writable("count", || count, write);
     }
 }
 
