@@ -10,6 +10,7 @@ use crate::graph::{Graph, Topology, UnitCell, UnitState};
 use crate::inspector::{StateUnitsInspector, UnitView};
 use crate::phase::{OnFailure, Operation, Outcome, Phase, Step};
 use crate::restore::{self, SavedStateUnit};
+use crate::span::{self, UnitSpan};
 use crate::timeline::{Timeline, TransitionRecord};
 use crate::{SaveSupport, UnitState as State};
 use save_restore::SavedStateBlob;
@@ -120,7 +121,7 @@ impl Shared {
         if let Some(phase) = current
             && phase.topology.cells.get(cell.position()).is_some_and(|found| Arc::ptr_eq(found, cell))
         {
-            phase.settle(cell.position(), Outcome::Removed);
+            phase.settle(cell.position(), Outcome::Removed, UnitSpan::default());
         }
     }
 
@@ -140,10 +141,9 @@ impl Shared {
     /// Runs a phase to its end or its deadline.
     pub(crate) async fn run(&self, phase: Phase) -> Arc<Phase> {
         let phase = Arc::new(phase);
-        let span = tracing::debug_span!("phase", operation = %phase.operation, units = phase.topology.len());
         let deadline = self.enter(&phase);
-        span.in_scope(|| phase.begin());
-        if tokio::time::timeout(deadline, phase.finished().instrument(span)).await.is_err() {
+        phase.begin();
+        if tokio::time::timeout(deadline, phase.finished()).await.is_err() {
             phase.close();
         }
         phase.finish();
@@ -461,10 +461,12 @@ impl StateUnits {
         let no_runtime = || IllegalTransition { operation, reason: IllegalReason::NoRuntime };
         let runtime = tokio::runtime::Handle::try_current().map_err(|_| no_runtime())?;
         let turn = self.shared.turn.clone().lock_owned().await;
-        let work = work(self.shared.clone());
+        let span = span::transition(operation);
+        let work = work(self.shared.clone()).instrument(span.clone());
         let task = runtime.spawn(async move {
             let result = work.await;
-            drop(turn);
+            span::record_end(&span, &result);
+            drop((span, turn));
             result
         });
         task.await.map_err(|_| no_runtime())?

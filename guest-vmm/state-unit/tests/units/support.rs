@@ -67,6 +67,7 @@ impl TestUnit {
 
     async fn act(&self, operation: &'static str) -> Result<(), UnitError> {
         self.note(operation);
+        tracing::info!("{} does {operation}", self.name);
         match self.scripts.get(operation) {
             None => tokio::task::yield_now().await,
             Some(Script::Fail(reason)) => return Err((*reason).into()),
