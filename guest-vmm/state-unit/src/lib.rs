@@ -82,6 +82,7 @@ mod request;
 mod restore;
 mod set;
 mod span;
+mod sync;
 mod timeline;
 mod unit;
 

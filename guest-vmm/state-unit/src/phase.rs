@@ -11,12 +11,13 @@
 use crate::graph::{Edges, Topology, UnitCell, UnitState};
 use crate::request::Ticket;
 use crate::span::{PhaseSpan, UnitSpan};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{Answer, SaveSupport, StateRequest, UnitError};
 use save_restore::SavedStateBlob;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -175,6 +176,16 @@ impl Mark {
     }
 }
 
+/// Whether a unit's saved state is on its way to it. Only who sends it knows whether it arrives, so that a removal in that
+/// time is left to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Handover {
+    None,
+    UnderWay,
+    /// The unit was removed meanwhile.
+    Overtaken,
+}
+
 /// One unit's part in a phase.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Progress {
@@ -183,6 +194,7 @@ pub(crate) struct Progress {
     pub(crate) step: Step,
     /// One that it waited for has failed or was skipped.
     blocked: bool,
+    handover: Handover,
     pub(crate) ready: Mark,
     pub(crate) ended: Mark,
 }
@@ -239,6 +251,7 @@ impl Phase {
                 waiting: predecessors.map_or(0, |edges| edges.of(position).len()),
                 step: if takes_part(position, cell) { Step::Waiting } else { Step::Passive },
                 blocked: false,
+                handover: Handover::None,
                 ready: Mark::NEVER,
                 ended: Mark::NEVER,
             })
@@ -384,6 +397,10 @@ impl Phase {
         let now = Mark::since(self.start);
         let unit = &mut state.units[position];
         match unit.step {
+            Step::Asked if unit.handover != Handover::None && matches!(outcome, Outcome::Removed) => {
+                unit.handover = Handover::Overtaken;
+                return then;
+            }
             Step::Asked | Step::Waiting => {}
             Step::Late => {
                 unit.ended = now;
@@ -450,18 +467,46 @@ impl Phase {
             Operation::Save => StateRequest::Save(Answer::new(self.clone(), position)),
             Operation::PostRestore => StateRequest::PostRestore(Answer::new(self.clone(), position)),
             Operation::Restore => {
-                let payload = self.lock().payload.get_mut(position).and_then(Option::take);
-                let payload = payload.expect("only units with a state take part in restore");
+                let Some(payload) = self.hand_over(position) else { return Ok(()) };
                 StateRequest::Restore(payload, Answer::new(self.clone(), position))
             }
         };
         let cell = &self.topology.cells[position];
-        let Err(undelivered) = cell.send(request) else { return Ok(()) };
-        if let StateRequest::Restore(state, _) = &undelivered {
-            self.lock().payload[position] = Some(state.clone());
+        let Err(mut undelivered) = cell.send(request) else { return self.handed_over(position) };
+        if let StateRequest::Restore(state, _) = &mut undelivered {
+            self.take_back(position, std::mem::take(state));
         }
         let span = undelivered.into_ticket().map(Ticket::disarm).unwrap_or_default();
         Err((if cell.is_removed() { Outcome::Removed } else { Outcome::Gone }, span))
+    }
+
+    /// The state of a unit that is to restore it; none if the phase is over, the unit having been removed or late before
+    /// it could be asked.
+    fn hand_over(&self, position: usize) -> Option<SavedStateBlob> {
+        let mut state = self.lock();
+        let payload = state.payload.get_mut(position)?.take()?;
+        state.units[position].handover = Handover::UnderWay;
+        Some(payload)
+    }
+
+    /// The request was delivered; says how the unit settles if it was removed meanwhile.
+    fn handed_over(&self, position: usize) -> Result<(), (Outcome, UnitSpan)> {
+        if self.operation != Operation::Restore {
+            return Ok(());
+        }
+        match std::mem::replace(&mut self.lock().units[position].handover, Handover::None) {
+            // Its ticket, which is out, has the span.
+            Handover::Overtaken => Err((Outcome::Removed, UnitSpan::default())),
+            Handover::None | Handover::UnderWay => Ok(()),
+        }
+    }
+
+    fn take_back(&self, position: usize, payload: SavedStateBlob) {
+        let mut state = self.lock();
+        state.units[position].handover = Handover::None;
+        if let Some(place) = state.payload.get_mut(position) {
+            *place = Some(payload);
+        }
     }
 
     pub(crate) fn mark_begun(&self, position: usize) {

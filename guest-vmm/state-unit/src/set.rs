@@ -11,14 +11,20 @@ use crate::inspector::{StateUnitsInspector, UnitView};
 use crate::phase::{OnFailure, Operation, Outcome, Phase, Step};
 use crate::restore::{self, SavedStateUnit};
 use crate::span::{self, UnitSpan};
+use crate::sync::{Mutex, MutexGuard};
 use crate::timeline::{Timeline, TransitionRecord};
 use crate::{SaveSupport, UnitState as State};
+use futures::future::{Either, select};
 use save_restore::SavedStateBlob;
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tracing::Instrument;
+
+#[cfg(test)]
+mod model;
 
 /// The deadline of a transition unless [`StateUnits::set_deadline`] says otherwise.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -140,10 +146,17 @@ impl Shared {
 
     /// Runs a phase to its end or its deadline.
     pub(crate) async fn run(&self, phase: Phase) -> Arc<Phase> {
+        self.run_until(phase, tokio::time::sleep).await
+    }
+
+    /// Runs a phase to its end, or to that of the `timer` that the deadline is given to.
+    async fn run_until<T: Future>(&self, phase: Phase, timer: impl FnOnce(Duration) -> T) -> Arc<Phase> {
         let phase = Arc::new(phase);
         let deadline = self.enter(&phase);
         phase.begin();
-        if tokio::time::timeout(deadline, phase.finished()).await.is_err() {
+        // An end before the deadline counts, even if both are found at once.
+        let late = matches!(select(pin!(phase.finished()), pin!(timer(deadline))).await, Either::Right(_));
+        if late {
             phase.close();
         }
         phase.finish();
