@@ -61,7 +61,8 @@ fn delay() -> impl Strategy<Value = u64> {
 
 /// A unit to remove during the step, and after how many ms.
 fn removal() -> impl Strategy<Value = Option<(usize, u64)>> {
-    prop_oneof![2 => Just(None), 1 => (any::<usize>(), 0..20_u64).prop_map(|(at, count)| Some((at, count * 64 + 32)))]
+    let delay = prop_oneof![3 => 0..3_u64, 1 => 0..20_u64].prop_map(|count| count * 64 + 32);
+    prop_oneof![1 => Just(None), 1 => (any::<usize>(), delay).prop_map(Some)]
 }
 
 fn unit(index: usize) -> impl Strategy<Value = UnitPlan> {
@@ -80,7 +81,7 @@ fn unit(index: usize) -> impl Strategy<Value = UnitPlan> {
 }
 
 fn units() -> impl Strategy<Value = Vec<UnitPlan>> {
-    prop_oneof![9 => 1..25_usize, 1 => 150..200_usize]
+    prop_oneof![9 => 2..25_usize, 1 => 150..200_usize]
         .prop_flat_map(|count| (0..count).map(unit).collect::<Vec<_>>())
 }
 
@@ -92,7 +93,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Reset),
         1 => Just(Step::CanSave),
         2 => Just(Step::Save),
-        2 => Just(Step::Restore),
+        4 => Just(Step::Restore),
         1 => any::<usize>().prop_map(Step::Remove),
     ]
 }

@@ -102,6 +102,8 @@ fn a_transition_is_a_span_and_each_units_part_a_child_of_it() {
         let _vps = machine.add(machine.unit("vps"), &[&disk]);
         let asked_in = tracing::info_span!("caller");
         machine.units.start().instrument(asked_in).await.unwrap_err();
+        assert_eq!(machine.units.timeline().len(), 2);
+        assert!(listener.spans("transition")[0].closed, "the timeline does not keep it open");
     });
     assert_eq!(
         listener.units(),
@@ -114,7 +116,7 @@ fn a_transition_is_a_span_and_each_units_part_a_child_of_it() {
     assert_eq!((&*transition.fields["operation"], &*transition.fields["outcome"]), ("start", "failed"));
     assert!(transition.fields["error"].contains("disk failed: no image"), "{transition:?}");
     for span in notes.spans.values() {
-        assert!(span.closed, "the timeline keeps none open: {span:?}");
+        assert!(span.closed, "{span:?}");
         if span.name == "unit" {
             assert_eq!(span.parent, Some(*id));
         }
