@@ -4,7 +4,7 @@ use crate::support::{Machine, Script};
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::future::Future;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use tokio::sync::Notify;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -74,6 +74,10 @@ impl Listener {
     /// Runs `story` with this as the only listener of the thread.
     fn during<T>(&self, story: impl Future<Output = T>) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        // Otherwise a test on another thread, where nobody listens, may turn a span off for all of them.
+        static EVERYWHERE: Once = Once::new();
+        EVERYWHERE
+            .call_once(|| tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap());
         let subscriber = tracing_subscriber::registry().with(self.clone());
         tracing::subscriber::with_default(subscriber, || runtime.unwrap().block_on(story))
     }
