@@ -5,10 +5,10 @@
 
 use crate::StateRequest;
 use crate::mailbox::RequestSender;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 /// Identifies a unit in its set for good: ids are not used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -244,11 +244,13 @@ impl Graph {
         }
     }
 
-    /// Takes all units away.
+    /// Takes all units away; gives them in the order of their addition.
     pub(crate) fn drain(&mut self) -> Vec<Arc<UnitCell>> {
         self.names.clear();
         self.topology = None;
-        self.units.drain().map(|(_, unit)| unit.cell).collect()
+        let mut cells: Vec<Arc<UnitCell>> = self.units.drain().map(|(_, unit)| unit.cell).collect();
+        cells.sort_unstable_by_key(|cell| cell.id);
+        cells
     }
 }
 

@@ -14,6 +14,9 @@
 //! - It has one deadline ([`StateUnits::set_deadline`]; `deadline` in the inspection tree is writable). An answer after it is recorded and not acted upon.
 //! - It runs to its end, even if the future that asked for it is dropped. The next transition waits for that end.
 //!
+//! Each transition is a `tracing` span `transition` at level info, within the caller's, and each unit's part in it a span
+//! `unit` below; the unit does its work inside, so that what it logs carries its name.
+//!
 //! Limits: transitions need a `tokio` runtime with time enabled; order through a unit that was removed is not kept; a
 //! unit that blocks its thread is late, it cannot be interrupted.
 //!
@@ -78,6 +81,8 @@ mod phase;
 mod request;
 mod restore;
 mod set;
+mod span;
+mod sync;
 mod timeline;
 mod unit;
 

@@ -1,14 +1,15 @@
 //! The channel from a set to one unit: unbounded, one receiver, in order.
 //!
-//! A transition sends one request to each unit, so that sending is most of what it costs. A mailbox
-//! holds one request in place, the next ones in a queue that is not allocated before it is needed, and says whether a request reached a receiver that still lives: what was sent before the
-//! receiver is dropped is dropped with it, what is sent later comes back.
+//! A transition sends one request to each unit, so that sending is most of what it costs. A mailbox holds one request in
+//! place, the next ones in a queue that is not allocated before it is needed, and says whether a request reached a receiver
+//! that still lives: what was sent before the receiver is dropped is dropped with it, what is sent later comes back.
 //!
 //! The lock is never held while a request is dropped or a waker called: each of these may run code of others.
 
 use crate::StateRequest;
+use crate::sync::{Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 #[derive(Debug, Default)]
@@ -116,92 +117,5 @@ impl Drop for RequestReceiver {
         let undone = (contents.first.take(), std::mem::take(&mut contents.others));
         drop(contents);
         drop(undone);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use futures::FutureExt;
-    use inspect::{Inspection, Node, View};
-    use std::time::Duration;
-
-    /// A request that can be told apart by what it inspects.
-    fn request() -> (StateRequest, Inspection) {
-        let mut request = None;
-        let inspection = Inspection::start("", 1, View::Everything, |asked| {
-            request = Some(StateRequest::Inspect(asked.defer()))
-        });
-        (request.expect("start calls the closure"), inspection)
-    }
-
-    fn answer(request: StateRequest, value: u64) {
-        let StateRequest::Inspect(deferred) = request else {
-            panic!("only inspections are sent: {request:?}")
-        };
-        deferred.inspect(&value);
-    }
-
-    #[tokio::test]
-    async fn requests_come_in_order_and_the_end_after_them() {
-        let (sender, mut receiver) = RequestReceiver::channel();
-        let (inspections, requests): (Vec<_>, Vec<_>) =
-            (0..3).map(|_| request()).map(|(request, inspection)| (inspection, request)).unzip();
-        for request in requests {
-            sender.send(request).unwrap();
-        }
-        sender.close();
-        assert!(sender.send(request().0).is_err());
-        let mut next = 0;
-        while let Some(request) = receiver.recv().await {
-            answer(request, next);
-            next += 1;
-        }
-        for (index, inspection) in (0_u64..).zip(inspections) {
-            assert_eq!(inspection.finish(Duration::ZERO).await, Node::Value(index.into()));
-        }
-        assert_eq!(next, 3);
-    }
-
-    #[tokio::test]
-    async fn a_dropped_receiver_drops_what_is_in_and_refuses_what_comes() {
-        let (sender, receiver) = RequestReceiver::channel();
-        let (request_in, inspection) = request();
-        sender.send(request_in).unwrap();
-        drop(receiver);
-        assert_eq!(inspection.finish(Duration::from_secs(60)).await, Node::Unanswered);
-        assert!(sender.send(request().0).is_err());
-    }
-
-    #[tokio::test]
-    async fn a_waiting_receiver_is_woken_by_a_request_and_by_the_end() {
-        let (sender, mut receiver) = RequestReceiver::channel();
-        assert!(receiver.recv().now_or_never().is_none());
-        let task =
-            tokio::spawn(async move { (receiver.recv().await.is_some(), receiver.recv().await.is_none()) });
-        tokio::task::yield_now().await;
-        sender.send(request().0).unwrap();
-        tokio::task::yield_now().await;
-        drop(sender);
-        assert_eq!(task.await.unwrap(), (true, true));
-    }
-
-    #[test]
-    fn nothing_is_lost_between_threads() {
-        let (sender, mut receiver) = RequestReceiver::channel();
-        let senders = std::thread::spawn(move || {
-            for _ in 0..10_000 {
-                sender.send(request().0).unwrap();
-            }
-        });
-        let received = futures::executor::block_on(async {
-            let mut received = 0;
-            while receiver.recv().await.is_some() {
-                received += 1;
-            }
-            received
-        });
-        senders.join().unwrap();
-        assert_eq!(received, 10_000);
     }
 }

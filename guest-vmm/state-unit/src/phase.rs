@@ -9,12 +9,15 @@
 //! The lock is never held while a request is sent or dropped, or a waker called: each of these may run code of others.
 
 use crate::graph::{Edges, Topology, UnitCell, UnitState};
+use crate::request::Ticket;
+use crate::span::{PhaseSpan, UnitSpan};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{Answer, SaveSupport, StateRequest, UnitError};
 use save_restore::SavedStateBlob;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -141,6 +144,22 @@ pub(crate) enum Step {
     Late,
 }
 
+impl Step {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Passive => "passive",
+            Self::Waiting => "waiting",
+            Self::Asked => "asked",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Gone => "gone",
+            Self::Removed => "removed",
+            Self::Skipped => "skipped",
+            Self::Late => "late",
+        }
+    }
+}
+
 /// A moment of a phase: nanoseconds since it began, or never.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Mark(u64);
@@ -157,6 +176,16 @@ impl Mark {
     }
 }
 
+/// Whether a unit's saved state is on its way to it. Only who sends it knows whether it arrives, so that a removal in that
+/// time is left to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Handover {
+    None,
+    UnderWay,
+    /// The unit was removed meanwhile.
+    Overtaken,
+}
+
 /// One unit's part in a phase.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Progress {
@@ -165,6 +194,7 @@ pub(crate) struct Progress {
     pub(crate) step: Step,
     /// One that it waited for has failed or was skipped.
     blocked: bool,
+    handover: Handover,
     pub(crate) ready: Mark,
     pub(crate) ended: Mark,
 }
@@ -188,6 +218,8 @@ struct PhaseState {
 #[derive(Default)]
 struct Consequences {
     ready: Vec<usize>,
+    /// Settled without having been asked; noted only if somebody listens.
+    passed_over: Vec<usize>,
     waker: Option<Waker>,
 }
 
@@ -197,6 +229,7 @@ pub(crate) struct Phase {
     pub(crate) operation: Operation,
     pub(crate) topology: Arc<Topology>,
     pub(crate) began_at: SystemTime,
+    pub(crate) span: PhaseSpan,
     on_failure: OnFailure,
     start: Instant,
     /// When units took up their requests; apart from the rest, so that noting it needs no lock.
@@ -218,6 +251,7 @@ impl Phase {
                 waiting: predecessors.map_or(0, |edges| edges.of(position).len()),
                 step: if takes_part(position, cell) { Step::Waiting } else { Step::Passive },
                 blocked: false,
+                handover: Handover::None,
                 ready: Mark::NEVER,
                 ended: Mark::NEVER,
             })
@@ -226,7 +260,7 @@ impl Phase {
         let begun = units.iter().map(|_| AtomicU64::new(Mark::NEVER.0)).collect();
         let state = Mutex::new(PhaseState { units, open, ..PhaseState::default() });
         let (began_at, start) = (SystemTime::now(), Instant::now());
-        Self { operation, topology, began_at, on_failure, start, begun, state }
+        Self { operation, topology, began_at, span: PhaseSpan::current(), on_failure, start, begun, state }
     }
 
     /// Gives the states to restore, by position.
@@ -250,8 +284,8 @@ impl Phase {
             if predecessors.is_some_and(|edges| !edges.of(position).is_empty()) {
                 continue;
             }
-            if let Some(blocks) = self.release(&mut state, position, now, &mut then.ready) {
-                self.let_go(&mut state, position, blocks, now, &mut then.ready);
+            if let Some(blocks) = self.release(&mut state, position, now, &mut then) {
+                self.let_go(&mut state, position, blocks, now, &mut then);
             }
         }
         drop(state);
@@ -264,7 +298,7 @@ impl Phase {
         state: &mut PhaseState,
         position: usize,
         now: Mark,
-        ready: &mut Vec<usize>,
+        then: &mut Consequences,
     ) -> Option<bool> {
         let unit = &mut state.units[position];
         match unit.step {
@@ -273,6 +307,7 @@ impl Phase {
                 unit.step = Step::Skipped;
                 unit.ended = now;
                 state.open -= 1;
+                self.note_passed_over(position, then);
                 Some(true)
             }
             Step::Waiting => {
@@ -281,11 +316,17 @@ impl Phase {
                 if let Some(interim) = self.operation.interim() {
                     self.topology.cells[position].set_state(interim);
                 }
-                ready.push(position);
+                then.ready.push(position);
                 None
             }
             // Removed while it waited: it has let go of its successors then.
             _ => None,
+        }
+    }
+
+    fn note_passed_over(&self, position: usize, then: &mut Consequences) {
+        if self.span.is_enabled() {
+            then.passed_over.push(position);
         }
     }
 
@@ -296,7 +337,7 @@ impl Phase {
         position: usize,
         blocks: bool,
         now: Mark,
-        ready: &mut Vec<usize>,
+        then: &mut Consequences,
     ) {
         let Some(successors) = self.operation.successors(&self.topology) else { return };
         if successors.of(position).is_empty() {
@@ -309,7 +350,7 @@ impl Phase {
                 unit.waiting -= 1;
                 unit.blocked |= blocks;
                 if unit.waiting == 0
-                    && let Some(blocks) = self.release(state, next, now, ready)
+                    && let Some(blocks) = self.release(state, next, now, then)
                 {
                     settled.push((next, blocks));
                 }
@@ -319,8 +360,9 @@ impl Phase {
 
     /// Settles a unit and asks those that waited for it. A unit settles once: what comes later is ignored, but for the
     /// answer of a late unit, which is recorded.
-    pub(crate) fn settle(self: &Arc<Self>, position: usize, outcome: Outcome) {
+    pub(crate) fn settle(self: &Arc<Self>, position: usize, outcome: Outcome, span: UnitSpan) {
         let then = self.record(position, outcome);
+        span.close(self, position);
         self.pursue(then);
     }
 
@@ -328,14 +370,23 @@ impl Phase {
         let mut next = 0;
         while let Some(&position) = then.ready.get(next) {
             next += 1;
-            if let Err(outcome) = self.ask(position) {
+            if let Err((outcome, span)) = self.ask(position) {
                 let more = self.record(position, outcome);
+                span.close(self, position);
                 then.ready.extend(more.ready);
+                then.passed_over.extend(more.passed_over);
                 then.waker = then.waker.or(more.waker);
             }
         }
+        self.trace_passed_over(then.passed_over);
         if let Some(waker) = then.waker {
             waker.wake();
+        }
+    }
+
+    fn trace_passed_over(&self, positions: Vec<usize>) {
+        for position in positions {
+            UnitSpan::open(self, position).close(self, position);
         }
     }
 
@@ -346,6 +397,10 @@ impl Phase {
         let now = Mark::since(self.start);
         let unit = &mut state.units[position];
         match unit.step {
+            Step::Asked if unit.handover != Handover::None && matches!(outcome, Outcome::Removed) => {
+                unit.handover = Handover::Overtaken;
+                return then;
+            }
             Step::Asked | Step::Waiting => {}
             Step::Late => {
                 unit.ended = now;
@@ -356,6 +411,9 @@ impl Phase {
             _ => return then,
         }
         let waited = unit.step == Step::Waiting;
+        if waited {
+            self.note_passed_over(position, &mut then);
+        }
         let step = self.enter(state, position, outcome);
         state.units[position].step = step;
         state.units[position].ended = now;
@@ -366,7 +424,7 @@ impl Phase {
         let failed = matches!(step, Step::Failed | Step::Gone);
         state.troubled |= failed;
         let blocks = failed && self.on_failure == OnFailure::SkipRest;
-        self.let_go(state, position, blocks, now, &mut then.ready);
+        self.let_go(state, position, blocks, now, &mut then);
         if state.open == 0 {
             then.waker = state.waker.take();
         }
@@ -400,7 +458,7 @@ impl Phase {
     }
 
     /// Sends the request to a unit, or says how the unit settles because it could not be sent.
-    fn ask(self: &Arc<Self>, position: usize) -> Result<(), Outcome> {
+    fn ask(self: &Arc<Self>, position: usize) -> Result<(), (Outcome, UnitSpan)> {
         let request = match self.operation {
             Operation::Start => StateRequest::Start(Answer::new(self.clone(), position)),
             Operation::Stop => StateRequest::Stop(Answer::new(self.clone(), position)),
@@ -409,20 +467,46 @@ impl Phase {
             Operation::Save => StateRequest::Save(Answer::new(self.clone(), position)),
             Operation::PostRestore => StateRequest::PostRestore(Answer::new(self.clone(), position)),
             Operation::Restore => {
-                let payload = self.lock().payload.get_mut(position).and_then(Option::take);
-                let payload = payload.expect("only units with a state take part in restore");
+                let Some(payload) = self.hand_over(position) else { return Ok(()) };
                 StateRequest::Restore(payload, Answer::new(self.clone(), position))
             }
         };
         let cell = &self.topology.cells[position];
-        let Err(undelivered) = cell.send(request) else { return Ok(()) };
-        if let StateRequest::Restore(state, _) = &undelivered {
-            self.lock().payload[position] = Some(state.clone());
+        let Err(mut undelivered) = cell.send(request) else { return self.handed_over(position) };
+        if let StateRequest::Restore(state, _) = &mut undelivered {
+            self.take_back(position, std::mem::take(state));
         }
-        if let Some(ticket) = undelivered.into_ticket() {
-            ticket.disarm();
+        let span = undelivered.into_ticket().map(Ticket::disarm).unwrap_or_default();
+        Err((if cell.is_removed() { Outcome::Removed } else { Outcome::Gone }, span))
+    }
+
+    /// The state of a unit that is to restore it; none if the phase is over, the unit having been removed or late before
+    /// it could be asked.
+    fn hand_over(&self, position: usize) -> Option<SavedStateBlob> {
+        let mut state = self.lock();
+        let payload = state.payload.get_mut(position)?.take()?;
+        state.units[position].handover = Handover::UnderWay;
+        Some(payload)
+    }
+
+    /// The request was delivered; says how the unit settles if it was removed meanwhile.
+    fn handed_over(&self, position: usize) -> Result<(), (Outcome, UnitSpan)> {
+        if self.operation != Operation::Restore {
+            return Ok(());
         }
-        Err(if cell.is_removed() { Outcome::Removed } else { Outcome::Gone })
+        match std::mem::replace(&mut self.lock().units[position].handover, Handover::None) {
+            // Its ticket, which is out, has the span.
+            Handover::Overtaken => Err((Outcome::Removed, UnitSpan::default())),
+            Handover::None | Handover::UnderWay => Ok(()),
+        }
+    }
+
+    fn take_back(&self, position: usize, payload: SavedStateBlob) {
+        let mut state = self.lock();
+        state.units[position].handover = Handover::None;
+        if let Some(place) = state.payload.get_mut(position) {
+            *place = Some(payload);
+        }
     }
 
     pub(crate) fn mark_begun(&self, position: usize) {
@@ -449,6 +533,7 @@ impl Phase {
 
     /// The deadline has passed: who was asked is late, who still waits is skipped.
     pub(crate) fn close(&self) {
+        let mut then = Consequences::default();
         let mut state = self.lock();
         let now = Mark::since(self.start);
         state.troubled |= state.open > 0;
@@ -459,8 +544,9 @@ impl Phase {
                 Step::Waiting => Step::Skipped,
                 settled => settled,
             };
-            if unit.step == Step::Skipped {
+            if unit.step == Step::Skipped && unit.ended.get().is_none() {
                 unit.ended = now;
+                self.note_passed_over(position, &mut then);
             }
             if unit.step == Step::Late
                 && let Some(settled) = self.operation.settled(Step::Late, self.on_failure)
@@ -468,6 +554,8 @@ impl Phase {
                 self.topology.cells[position].set_state(settled);
             }
         }
+        drop(state);
+        self.trace_passed_over(then.passed_over);
     }
 
     fn report_late_answer(&self, position: usize, outcome: &Outcome) {
@@ -485,6 +573,7 @@ impl Phase {
     pub(crate) fn finish(&self) {
         let payload = std::mem::take(&mut self.lock().payload);
         drop(payload);
+        self.span.close();
     }
 
     pub(crate) fn take_saved(&self) -> Vec<(usize, SavedStateBlob)> {
@@ -503,6 +592,10 @@ impl Phase {
         self.lock().units.clone()
     }
 
+    pub(crate) fn progress_of(&self, position: usize) -> Progress {
+        self.lock().units[position]
+    }
+
     pub(crate) fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }
@@ -510,6 +603,13 @@ impl Phase {
     /// The errors that units answered, by position.
     pub(crate) fn errors(&self) -> HashMap<usize, SharedError> {
         self.lock().errors.iter().cloned().collect()
+    }
+
+    /// The error that a unit answered, if it did; cheap for the latest.
+    pub(crate) fn error_of(&self, position: usize) -> Option<SharedError> {
+        let state = self.lock();
+        let found = state.errors.iter().rev().find(|(at, _)| *at == position);
+        found.map(|(_, error)| error.clone())
     }
 
     /// Units that have not been asked yet, with those that they wait for.

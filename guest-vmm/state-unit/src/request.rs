@@ -5,6 +5,7 @@
 //! A ticket that is dropped says that the unit is gone.
 
 use crate::phase::{Outcome, Phase};
+use crate::span::UnitSpan;
 use crate::{SaveSupport, UnitError};
 use futures::FutureExt;
 use inspect::Deferred;
@@ -83,7 +84,8 @@ pub struct Answer<T> {
 
 impl<T: AnswerValue> Answer<T> {
     pub(crate) fn new(phase: Arc<Phase>, position: usize) -> Self {
-        Self { ticket: Ticket { phase: Some(phase), position }, value: PhantomData }
+        let span = UnitSpan::open(&phase, position);
+        Self { ticket: Ticket { phase: Some(phase), position, span }, value: PhantomData }
     }
 
     /// Answers. What waits for this unit goes on before this returns. After the transition's deadline the answer is
@@ -95,10 +97,10 @@ impl<T: AnswerValue> Answer<T> {
         });
     }
 
-    /// Does `work` and answers with its result. If it panics, that is answered, and the panic goes on.
+    /// Does `work`, inside the unit's `tracing` span, and answers with its result. If it panics, that is answered, and the panic goes on.
     pub async fn answer_with<E: Into<UnitError>>(self, work: impl Future<Output = Result<T, E>>) {
         self.ticket.begin();
-        match AssertUnwindSafe(work).catch_unwind().await {
+        match AssertUnwindSafe(self.ticket.span.around(work)).catch_unwind().await {
             Ok(result) => self.complete(result.map_err(Into::into)),
             Err(payload) => {
                 self.complete(Err(UnitPanicked { message: panic_message(&*payload) }.into()));
@@ -154,6 +156,7 @@ mod sealed {
 pub(crate) struct Ticket {
     phase: Option<Arc<Phase>>,
     position: usize,
+    span: UnitSpan,
 }
 
 impl Ticket {
@@ -165,20 +168,21 @@ impl Ticket {
 
     fn settle(mut self, outcome: Outcome) {
         if let Some(phase) = self.phase.take() {
-            phase.settle(self.position, outcome);
+            phase.settle(self.position, outcome, std::mem::take(&mut self.span));
         }
     }
 
     /// Gives the duty up without a word: the request was never delivered.
-    pub(crate) fn disarm(mut self) {
+    pub(crate) fn disarm(mut self) -> UnitSpan {
         self.phase = None;
+        std::mem::take(&mut self.span)
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
         if let Some(phase) = self.phase.take() {
-            phase.settle(self.position, Outcome::Gone);
+            phase.settle(self.position, Outcome::Gone, std::mem::take(&mut self.span));
         }
     }
 }

@@ -10,14 +10,21 @@ use crate::graph::{Graph, Topology, UnitCell, UnitState};
 use crate::inspector::{StateUnitsInspector, UnitView};
 use crate::phase::{OnFailure, Operation, Outcome, Phase, Step};
 use crate::restore::{self, SavedStateUnit};
+use crate::span::{self, UnitSpan};
+use crate::sync::{Mutex, MutexGuard};
 use crate::timeline::{Timeline, TransitionRecord};
 use crate::{SaveSupport, UnitState as State};
+use futures::future::{Either, select};
 use save_restore::SavedStateBlob;
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tracing::Instrument;
+
+#[cfg(test)]
+mod model;
 
 /// The deadline of a transition unless [`StateUnits::set_deadline`] says otherwise.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -128,7 +135,7 @@ impl Shared {
         if let Some(phase) = current
             && phase.topology.cells.get(cell.position()).is_some_and(|found| Arc::ptr_eq(found, cell))
         {
-            phase.settle(cell.position(), Outcome::Removed);
+            phase.settle(cell.position(), Outcome::Removed, UnitSpan::default());
         }
     }
 
@@ -147,11 +154,17 @@ impl Shared {
 
     /// Runs a phase to its end or its deadline.
     pub(crate) async fn run(&self, phase: Phase) -> Arc<Phase> {
+        self.run_until(phase, tokio::time::sleep).await
+    }
+
+    /// Runs a phase to its end, or to that of the `timer` that the deadline is given to.
+    async fn run_until<T: Future>(&self, phase: Phase, timer: impl FnOnce(Duration) -> T) -> Arc<Phase> {
         let phase = Arc::new(phase);
-        let span = tracing::debug_span!("phase", operation = %phase.operation, units = phase.topology.len());
         let deadline = self.enter(&phase);
-        span.in_scope(|| phase.begin());
-        if tokio::time::timeout(deadline, phase.finished().instrument(span)).await.is_err() {
+        phase.begin();
+        // An end before the deadline counts, even if both are found at once.
+        let late = matches!(select(pin!(phase.finished()), pin!(timer(deadline))).await, Either::Right(_));
+        if late {
             phase.close();
         }
         phase.finish();
@@ -469,10 +482,12 @@ impl StateUnits {
         let no_runtime = || IllegalTransition { operation, reason: IllegalReason::NoRuntime };
         let runtime = tokio::runtime::Handle::try_current().map_err(|_| no_runtime())?;
         let turn = self.shared.turn.clone().lock_owned().await;
-        let work = work(self.shared.clone());
+        let span = span::transition(operation);
+        let work = work(self.shared.clone()).instrument(span.clone());
         let task = runtime.spawn(async move {
             let result = work.await;
-            drop(turn);
+            span::record_end(&span, &result);
+            drop((span, turn));
             result
         });
         task.await.map_err(|_| no_runtime())?

@@ -2,7 +2,10 @@
 
 use inspect::{Inspect, Inspection, Node, Request, Value, View};
 use save_restore::{RestoreError, SaveError, SavedStateBlob};
-use state_unit::{SaveSupport, StateTransitionError, StateUnit, StateUnits, UnitError, run_async_unit};
+use state_unit::{
+    Operation, SaveSupport, StateTransitionError, StateUnit, StateUnits, TransitionInFlight, UnitError,
+    UnitOutcome, run_async_unit,
+};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -103,8 +106,23 @@ async fn a_second_transition_in_flight_is_refused_and_removal_waits_for_the_firs
         failures.failed[0].to_string(),
         "queue failed: an earlier transition of the unit is still in flight"
     );
+    let cause = failures.failed[0].cause.as_deref().unwrap();
+    assert_eq!(cause.downcast_ref(), Some(&TransitionInFlight));
     // Removal ends the channel; the unit comes back only once it has drained, which it never does here.
     let removed = unit.remove();
     tokio::pin!(removed);
     assert!(futures::poll!(&mut removed).is_pending());
+}
+
+#[tokio::test]
+async fn a_unit_without_a_post_restore_is_restored_and_given_back_when_it_is_removed() {
+    let units = StateUnits::new();
+    let queue = Queue::default();
+    queue.drained.store(7, Ordering::Relaxed);
+    let unit = units.add("queue").spawn(|requests| run_async_unit(queue, requests)).unwrap();
+    assert_eq!(units.save().await.unwrap(), []);
+    units.restore(Vec::new()).await.unwrap();
+    let told = units.timeline().pop().unwrap();
+    assert_eq!((told.operation, &told.units[0].outcome), (Operation::PostRestore, &UnitOutcome::Done));
+    assert_eq!(unit.remove().await.unwrap().drained.into_inner(), 7);
 }

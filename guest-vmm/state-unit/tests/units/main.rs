@@ -2,5 +2,6 @@
 
 mod async_units;
 mod random_graphs;
+mod spans;
 mod stories;
 mod support;

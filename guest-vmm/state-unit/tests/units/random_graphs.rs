@@ -7,7 +7,15 @@ use save_restore::SavedStateBlob;
 use state_unit::{
     SavedStateUnit, SetState, SpawnedUnit, StateTransitionError, UnitFailures, UnitOutcome, UnitState,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// The deadline of a pass, in ms. Delays are multiples of 64 ms and removals come 32 ms later than one, so that no two of
+/// these fall together, be there up to 31 deadlines before them.
+const DEADLINE: u64 = 1001;
+
+/// In ms; for what does not happen.
+const NEVER: u64 = u64::MAX;
 
 const SCRIPTED: [&str; 6] = ["start", "stop", "reset", "save", "restore", "post-restore"];
 
@@ -25,6 +33,8 @@ struct UnitPlan {
     /// The units it depends on, all of a lower index.
     needs: BTreeSet<usize>,
     deeds: [Deed; SCRIPTED.len()],
+    /// How long it takes for each, in ms.
+    delays: [u64; SCRIPTED.len()],
     saves: bool,
 }
 
@@ -44,17 +54,34 @@ fn deed() -> impl Strategy<Value = Deed> {
     prop_oneof![60 => Just(Deed::Well), 2 => Just(Deed::Fail), 1 => Just(Deed::Panic), 1 => Just(Deed::Hang)]
 }
 
+/// In ms; a few chains of the longer ones meet the deadline.
+fn delay() -> impl Strategy<Value = u64> {
+    prop_oneof![20 => Just(0), 8 => (1..4_u64).prop_map(|count| count * 64), 1 => Just(8 * 64), 1 => Just(20 * 64)]
+}
+
+/// A unit to remove during the step, and after how many ms.
+fn removal() -> impl Strategy<Value = Option<(usize, u64)>> {
+    let delay = prop_oneof![3 => 0..3_u64, 1 => 0..20_u64].prop_map(|count| count * 64 + 32);
+    prop_oneof![1 => Just(None), 1 => (any::<usize>(), delay).prop_map(Some)]
+}
+
 fn unit(index: usize) -> impl Strategy<Value = UnitPlan> {
     let needs = vec(0..index.max(1), 0..4).prop_map(move |needs| match index {
         0 => BTreeSet::new(),
         _ => needs.into_iter().collect(),
     });
-    let deeds = [deed(), deed(), deed(), deed(), deed(), deed()];
-    (needs, deeds, any::<bool>()).prop_map(|(needs, deeds, saves)| UnitPlan { needs, deeds, saves })
+    let deeds = std::array::from_fn::<_, { SCRIPTED.len() }, _>(|_| deed());
+    let delays = std::array::from_fn::<_, { SCRIPTED.len() }, _>(|_| delay());
+    (needs, deeds, delays, any::<bool>()).prop_map(|(needs, deeds, delays, saves)| UnitPlan {
+        needs,
+        deeds,
+        delays,
+        saves,
+    })
 }
 
 fn units() -> impl Strategy<Value = Vec<UnitPlan>> {
-    prop_oneof![9 => 1..25_usize, 1 => 150..200_usize]
+    prop_oneof![9 => 2..25_usize, 1 => 150..200_usize]
         .prop_flat_map(|count| (0..count).map(unit).collect::<Vec<_>>())
 }
 
@@ -66,7 +93,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Reset),
         1 => Just(Step::CanSave),
         2 => Just(Step::Save),
-        2 => Just(Step::Restore),
+        4 => Just(Step::Restore),
         1 => any::<usize>().prop_map(Step::Remove),
     ]
 }
@@ -97,27 +124,43 @@ impl Trouble {
 /// A failed transition: its trouble, and that of moving back.
 type Failure = Box<(Trouble, Option<Trouble>)>;
 
-/// One unit of the model.
+/// One unit of the model. Times are in ms since the test began.
 #[derive(Debug, Clone)]
 struct ModelUnit {
     plan: UnitPlan,
     present: bool,
-    gone: bool,
-    hung: bool,
+    /// From when on it is no longer in the set.
+    removed_at: u64,
+    /// From when on its channel has ended, because it panicked.
+    gone_at: u64,
+    /// Until when it works on what it was asked earlier.
+    busy_until: u64,
+    /// It has answered after a deadline.
+    was_late: bool,
     state: UnitState,
 }
 
-/// How a unit that others wait for has settled.
+/// How a unit that others wait for has settled, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Settled {
-    Free,
-    Blocking,
+    Free(u64),
+    Blocking(u64),
     Never,
+}
+
+/// A pass as the timeline is to show it.
+#[derive(Debug, PartialEq, Eq)]
+struct Pass {
+    operation: String,
+    outcomes: BTreeMap<usize, &'static str>,
 }
 
 struct Model {
     units: Vec<ModelUnit>,
     state: SetState,
+    now: u64,
+    /// Those of the latest step.
+    passes: Vec<Pass>,
 }
 
 impl Model {
@@ -125,11 +168,13 @@ impl Model {
         let units = plans.iter().cloned().map(|plan| ModelUnit {
             plan,
             present: true,
-            gone: false,
-            hung: false,
+            removed_at: NEVER,
+            gone_at: NEVER,
+            busy_until: 0,
+            was_late: false,
             state: UnitState::Stopped,
         });
-        Self { units: units.collect(), state: SetState::Stopped }
+        Self { units: units.collect(), state: SetState::Stopped, now: 0, passes: Vec::new() }
     }
 
     /// The units that `at` waits for in `operation`.
@@ -154,69 +199,127 @@ impl Model {
         skip_rest: bool,
         takes_part: impl Fn(usize, &ModelUnit) -> bool,
     ) -> Trouble {
-        let mut trouble = Trouble::default();
-        let mut settled = vec![Settled::Free; self.units.len()];
+        let mut outcomes = BTreeMap::new();
+        let mut settled = vec![Settled::Free(self.now); self.units.len()];
         let mut order: Vec<usize> = (0..self.units.len()).filter(|&at| self.units[at].present).collect();
         if operation == "stop" {
             order.reverse();
         }
+        let deadline = self.now + DEADLINE;
         for at in order {
             let before: Vec<Settled> =
                 self.predecessors(operation, at).into_iter().map(|other| settled[other]).collect();
-            let waits = before.contains(&Settled::Never);
-            let blocked = before.contains(&Settled::Blocking);
-            settled[at] = if !takes_part(at, &self.units[at]) {
-                if waits {
-                    Settled::Never
-                } else if blocked {
-                    Settled::Blocking
-                } else {
-                    Settled::Free
-                }
-            } else if waits || blocked {
-                trouble.skipped.insert(at);
-                if waits { Settled::Never } else { Settled::Blocking }
-            } else {
-                self.act(operation, skip_rest, at, &mut trouble)
-            };
+            let ready = before.into_iter().fold(Settled::Free(self.now), after_both);
+            settled[at] = ready;
+            if takes_part(at, &self.units[at]) {
+                let (outcome, end) = self.act(operation, skip_rest, at, ready);
+                outcomes.insert(at, outcome);
+                settled[at] = end;
+            }
         }
+        let ends = outcomes.keys().map(|&at| match settled[at] {
+            Settled::Free(end) | Settled::Blocking(end) => end,
+            Settled::Never => deadline,
+        });
+        self.now = ends.max().unwrap_or(self.now);
+        let with = |wanted: &[&str]| {
+            outcomes.iter().filter(|(_, outcome)| wanted.contains(outcome)).map(|(&at, _)| at).collect()
+        };
+        let trouble =
+            Trouble { failed: with(&["failed", "gone"]), skipped: with(&["skipped"]), late: with(&["late"]) };
+        self.passes.push(Pass { operation: operation.to_owned(), outcomes });
         trouble
     }
 
-    fn act(&mut self, operation: &str, skip_rest: bool, at: usize, trouble: &mut Trouble) -> Settled {
+    /// What becomes of a unit that takes part and waits for others until they have settled so.
+    fn act(
+        &mut self,
+        operation: &str,
+        skip_rest: bool,
+        at: usize,
+        before: Settled,
+    ) -> (&'static str, Settled) {
+        let (began, deadline) = (self.now, self.now + DEADLINE);
         let unit = &mut self.units[at];
+        let removed_at = unit.removed_at;
+        let blocked_at = |end| if skip_rest { Settled::Blocking(end) } else { Settled::Free(end) };
+        let ready = match before {
+            Settled::Free(ready) | Settled::Blocking(ready) => ready,
+            Settled::Never => NEVER,
+        };
+        if removed_at < ready.min(deadline) {
+            // Removed before the pass, it is missed when its turn comes; in the pass, at once.
+            let missed = if removed_at > began { removed_at } else { ready };
+            match (operation, before) {
+                _ if removed_at > began => {}
+                (_, Settled::Blocking(_)) => return ("skipped", before),
+                (_, Settled::Never) => return ("skipped", Settled::Never),
+                _ => {}
+            }
+            return match operation {
+                "restore" => ("failed", blocked_at(missed)),
+                _ => ("removed", Settled::Free(missed)),
+            };
+        }
+        match before {
+            Settled::Free(_) => {}
+            Settled::Blocking(_) | Settled::Never => return ("skipped", before),
+        }
         let scripted = SCRIPTED.iter().position(|name| *name == operation);
         let deed = scripted.map_or(Deed::Well, |index| unit.plan.deeds[index]);
-        let blocking = if skip_rest { Settled::Blocking } else { Settled::Free };
-        if unit.gone || (!unit.hung && deed == Deed::Panic) {
-            trouble.failed.insert(at);
-            // A panic is an answer; only the next request finds nobody.
-            let answered = !unit.gone;
-            unit.gone = true;
-            unit.state = if answered { after_failure(operation, skip_rest) } else { UnitState::Faulted };
-            return blocking;
+        let delay = scripted.map_or(0, |index| unit.plan.delays[index]);
+        let vanishes = unit.gone_at < NEVER;
+        let end = match deed {
+            _ if vanishes => unit.gone_at.max(ready),
+            Deed::Hang => NEVER,
+            _ => unit.busy_until.max(ready).saturating_add(delay),
+        };
+        unit.busy_until = unit.busy_until.max(end);
+        if deed == Deed::Panic && !vanishes && end < NEVER {
+            unit.gone_at = end;
         }
-        if unit.hung || deed == Deed::Hang {
-            trouble.late.insert(at);
-            unit.hung = true;
+        if removed_at < end.min(deadline) {
+            return ("removed", Settled::Free(removed_at));
+        }
+        if end > deadline {
+            unit.was_late = true;
             match operation {
                 "can-save" => {}
                 "save" => unit.state = UnitState::Stopped,
                 _ => unit.state = UnitState::Faulted,
             }
-            return Settled::Never;
+            return ("late", Settled::Never);
         }
-        if deed == Deed::Fail {
-            trouble.failed.insert(at);
+        if vanishes {
+            unit.state = UnitState::Faulted;
+            return ("gone", blocked_at(end));
+        }
+        if deed != Deed::Well {
+            // A panic is an answer; only the next request finds nobody.
             unit.state = after_failure(operation, skip_rest);
-            return blocking;
+            return ("failed", blocked_at(end));
         }
         match operation {
             "can-save" => {}
             "start" => unit.state = UnitState::Running,
             _ => unit.state = UnitState::Stopped,
         }
-        Settled::Free
+        ("done", Settled::Free(end))
+    }
+
+    /// Takes a unit out from then on.
+    fn remove(&mut self, at: usize, when: u64) {
+        self.units[at].removed_at = self.units[at].removed_at.min(when);
+    }
+
+    /// Ends a step: units that were removed in it are no longer there.
+    fn forget_removed(&mut self) {
+        for unit in &mut self.units {
+            if unit.removed_at < NEVER {
+                unit.present = false;
+                self.now = self.now.max(unit.removed_at);
+            }
+        }
     }
 
     /// Moves back those that have moved or may have.
@@ -227,9 +330,8 @@ impl Model {
         asked: &BTreeSet<usize>,
         trouble: Trouble,
     ) -> Failure {
-        let moved = |at: usize| {
-            asked.contains(&at) && !trouble.failed.contains(&at) && !trouble.skipped.contains(&at)
-        };
+        let outcomes = self.passes.last().expect("a pass has failed").outcomes.clone();
+        let moved = |at: usize| asked.contains(&at) && matches!(outcomes.get(&at), Some(&("done" | "late")));
         let back = self.pass(operation, skip_rest, |at, _| moved(at));
         if back.is_none() {
             return Box::new((trouble, None));
@@ -284,16 +386,20 @@ impl Model {
             return Ok(());
         }
         let rest = std::mem::take(&mut trouble.skipped);
-        let further = self.pass("stop", false, |at, _| rest.contains(&at));
-        trouble.failed.extend(further.failed);
-        trouble.late.extend(further.late);
-        trouble.skipped = further.skipped;
+        if !rest.is_empty() {
+            let further = self.pass("stop", false, |at, _| rest.contains(&at));
+            trouble.failed.extend(further.failed);
+            trouble.late.extend(further.late);
+            trouble.skipped = further.skipped;
+        }
         self.state = SetState::Faulted;
         Err(Box::new((trouble, None)))
     }
 
     fn restore(&mut self) -> Result<(), Failure> {
-        plain(self.pass("can-save", false, |_, unit| !unit.plan.saves))?;
+        if !self.participants(|unit| !unit.plan.saves).is_empty() {
+            plain(self.pass("can-save", false, |_, unit| !unit.plan.saves))?;
+        }
         self.or_fault("restore", true, |unit| unit.plan.saves)?;
         self.or_fault("post-restore", false, |_| true)
     }
@@ -309,6 +415,17 @@ impl Model {
             self.state = SetState::Faulted;
         }
         plain(trouble)
+    }
+}
+
+/// When, and whether, a unit that waits for two others can go on.
+fn after_both(one: Settled, other: Settled) -> Settled {
+    match (one, other) {
+        (Settled::Never, _) | (_, Settled::Never) => Settled::Never,
+        (Settled::Free(one), Settled::Free(other)) => Settled::Free(one.max(other)),
+        (Settled::Free(one) | Settled::Blocking(one), Settled::Free(other) | Settled::Blocking(other)) => {
+            Settled::Blocking(one.max(other))
+        }
     }
 }
 
@@ -334,6 +451,7 @@ impl Real {
     /// Adds the units, the last first if `backwards`, so that edges are given from either end.
     fn new(plans: &[UnitPlan], backwards: bool) -> Self {
         let machine = Machine::new();
+        machine.units.set_deadline(Duration::from_millis(DEADLINE));
         let mut units: Vec<Option<SpawnedUnit<TestUnit>>> = plans.iter().map(|_| None).collect();
         let mut order: Vec<usize> = (0..plans.len()).collect();
         if backwards {
@@ -356,7 +474,7 @@ impl Real {
         Self { machine, units }
     }
 
-    async fn step(&mut self, step: Step, plans: &[UnitPlan]) -> Result<(), StateTransitionError> {
+    async fn step(&mut self, step: Step, states: Vec<SavedStateUnit>) -> Result<(), StateTransitionError> {
         let units = &self.machine.units;
         match step {
             Step::Start => units.start().await,
@@ -365,7 +483,7 @@ impl Real {
             Step::Reset => units.reset().await,
             Step::CanSave => units.can_save().await.map(drop),
             Step::Save => units.save().await.map(drop),
-            Step::Restore => units.restore(self.states(plans)).await,
+            Step::Restore => units.restore(states).await,
             Step::Remove(at) => {
                 self.units[at] = None;
                 Ok(())
@@ -373,9 +491,10 @@ impl Real {
         }
     }
 
-    fn states(&self, plans: &[UnitPlan]) -> Vec<SavedStateUnit> {
+    /// A state for each unit that saves and is there.
+    fn states(&self, plans: &[UnitPlan], model: &Model) -> Vec<SavedStateUnit> {
         (0..plans.len())
-            .filter(|&at| plans[at].saves && self.units[at].is_some())
+            .filter(|&at| plans[at].saves && model.units[at].present)
             .map(|at| SavedStateUnit {
                 name: at.to_string(),
                 state: Some(SavedStateBlob::new(&CounterState { count: 1 })),
@@ -393,16 +512,20 @@ fn scripted(mut unit: TestUnit, plan: &UnitPlan) -> TestUnit {
             Deed::Hang => unit.on(operation, Script::Hang),
         };
     }
+    let delays = plan.delays.iter().map(|&delay| Duration::from_millis(delay));
+    unit.delays = SCRIPTED.into_iter().zip(delays).filter(|(_, delay)| !delay.is_zero()).collect();
     if plan.saves { unit } else { unit.stateless() }
 }
 
 /// A unit begins only once those that it waits for, and that began too, have ended.
 fn check_order(model: &Model, log: &[String]) {
     let when = |line: String| log.iter().position(|entry| *entry == line);
+    // Others may take up, or end, long after what was asked.
+    let in_time = |at: &usize| !model.units[*at].was_late && model.units[*at].removed_at == NEVER;
     for operation in ["start", "stop", "reset", "restore"] {
-        for at in 0..model.units.len() {
+        for at in (0..model.units.len()).filter(in_time) {
             let Some(begun) = when(format!("{at} {operation}")) else { continue };
-            for other in model.predecessors(operation, at) {
+            for other in model.predecessors(operation, at).into_iter().filter(in_time) {
                 let theirs = [when(format!("{other} {operation}")), when(format!("{other} {operation}!"))];
                 for moment in theirs.into_iter().flatten() {
                     assert!(moment < begun, "{at} did not wait for {other} to {operation}: {log:?}");
@@ -428,20 +551,62 @@ fn check_states(model: &Model, real: &Real) {
     }
 }
 
-async fn live(plans: &[UnitPlan], backwards: bool, steps: &[Step]) {
+fn check_timeline(model: &Model, real: &Real) {
+    let timeline = real.machine.units.timeline();
+    let latest = &timeline[timeline.len() - model.passes.len()..];
+    for (expected, record) in model.passes.iter().zip(latest) {
+        let outcomes = record.units.iter().map(|unit| {
+            let outcome = match unit.outcome {
+                UnitOutcome::Done => "done",
+                UnitOutcome::Failed(_) => "failed",
+                UnitOutcome::Gone => "gone",
+                UnitOutcome::Removed => "removed",
+                UnitOutcome::Skipped => "skipped",
+                UnitOutcome::Late => "late",
+                UnitOutcome::Waiting(_) | UnitOutcome::Asked => "open",
+            };
+            (unit.name.parse().expect("units are called by their index"), outcome)
+        });
+        let pass = Pass { operation: record.operation.to_string(), outcomes: outcomes.collect() };
+        assert_eq!(pass, *expected);
+    }
+}
+
+/// What happens in one step: the transition, and the removal of a unit while it is under way.
+type Deeds = (Step, Option<(usize, u64)>);
+
+async fn live(plans: &[UnitPlan], backwards: bool, steps: &[Deeds]) {
+    let began = tokio::time::Instant::now();
     let mut model = Model::new(plans);
     let mut real = Real::new(plans, backwards);
-    for &step in steps {
+    for &(step, removal) in steps {
         let step = match step {
             Step::Remove(at) => Step::Remove(at % plans.len()),
             step => step,
         };
+        model.passes.clear();
         if let Step::Remove(at) = step {
+            model.units[at].removed_at = model.now;
             model.units[at].present = false;
         }
+        let removal = removal.filter(|_| !matches!(step, Step::Remove(_)));
+        let removed = removal.and_then(|(at, delay)| {
+            let at = at % plans.len();
+            let unit = real.units[at].take()?;
+            model.remove(at, model.now + delay);
+            Some((unit, Duration::from_millis(delay)))
+        });
+        let states = real.states(plans, &model);
         let expected = model.step(step);
-        let result = real.step(step, plans).await;
+        let removal = async {
+            if let Some((unit, delay)) = removed {
+                tokio::time::sleep(delay).await;
+                drop(unit);
+            }
+        };
+        let (result, ()) = tokio::join!(real.step(step, states), removal);
         check_order(&model, &real.machine.happened());
+        model.forget_removed();
         match (expected, result) {
             (None, Err(StateTransitionError::Illegal(_))) | (Some(Ok(())), Ok(())) => {}
             (Some(Err(expected)), Err(StateTransitionError::Units(failures))) => {
@@ -453,17 +618,28 @@ async fn live(plans: &[UnitPlan], backwards: bool, steps: &[Step]) {
             (expected, result) => panic!("{step:?}: expected {expected:?}, got {result:?}"),
         }
         check_states(&model, &real);
+        check_timeline(&model, &real);
+        let passed = began.elapsed();
+        assert_eq!(passed, Duration::from_millis(model.now), "units move concurrently where they may");
     }
 }
 
+/// Times `GUESTD_TEST_SCALE`.
+fn cases() -> u32 {
+    let scale = std::env::var("GUESTD_TEST_SCALE").ok();
+    let scale: f64 = scale.map_or(1.0, |text| text.parse().expect("GUESTD_TEST_SCALE is a number"));
+    let cases = (300.0 * scale).round().clamp(1.0, 1e9);
+    format!("{cases}").parse().expect("clamped to the range of the type")
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_random_graph_lives_as_the_model_says(
         plans in units(),
         backwards in any::<bool>(),
-        steps in vec(step(), 1..12),
+        steps in vec((step(), removal()), 1..10),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build()?;
         runtime.block_on(live(&plans, backwards, &steps));

@@ -3,8 +3,8 @@
 use crate::support::{Machine, Script};
 use inspect::{Inspect, Inspection, Update, UpdateError, Value, View};
 use state_unit::{
-    BuildError, IllegalReason, SavedStateUnit, SetState, StateTransitionError, StateUnits, UnitFailures,
-    UnitOutcome, UnitState,
+    BuildError, IllegalReason, SavedStateUnit, SetState, StateRequest, StateTransitionError, StateUnits,
+    UnitError, UnitFailures, UnitOutcome, UnitState,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,6 +105,25 @@ async fn a_handle_of_another_set_is_refused() {
     let stranger = other.add(other.unit("stranger"), &[]);
     let error = one.units.add("unit").depends_on(stranger.handle()).build().unwrap_err();
     assert!(matches!(error, BuildError::ForeignUnit { .. }), "{error}");
+    let error = one.units.add("unit").dependency_of(stranger.handle()).build().unwrap_err();
+    assert!(matches!(error, BuildError::ForeignUnit { .. }), "{error}");
+    assert!(one.units.graph().is_empty());
+}
+
+#[tokio::test]
+async fn edges_given_twice_count_once() {
+    let machine = Machine::new();
+    let memory = machine.add(machine.unit("memory"), &[]);
+    let vps = machine.add(machine.unit("vps"), &[&memory, &memory]);
+    let builder = machine.units.add("disk").depends_on(memory.handle()).depends_on(memory.handle());
+    let builder = builder.dependency_of(vps.handle()).dependency_of(vps.handle());
+    let (disk, _requests) = builder.build().unwrap();
+    let graph = machine.units.graph();
+    assert_eq!(names(&graph[0].dependents), ["vps", "disk"]);
+    assert_eq!(names(&graph[1].dependencies), ["memory", "disk"]);
+    assert_eq!((names(&graph[2].dependencies), names(&graph[2].dependents)), (vec!["memory"], vec!["vps"]));
+    drop(disk);
+    assert_eq!(names(&machine.units.graph()[1].dependencies), ["memory"]);
 }
 
 #[tokio::test]
@@ -313,6 +332,27 @@ async fn removal_in_mid_transition_is_no_failure() {
 }
 
 #[tokio::test]
+async fn a_unit_may_remove_another_while_it_starts() {
+    let machine = Machine::new();
+    let stuck = machine.add(machine.unit("stuck").on("start", Script::Hang), &[]);
+    let (_bus, mut requests) = machine.units.add("bus").build().unwrap();
+    let _last = machine.add(machine.unit("last"), &[&stuck]);
+    let bus = tokio::spawn(async move {
+        let Some(StateRequest::Start(answer)) = requests.recv().await else { panic!("the bus is to start") };
+        let work = async {
+            drop(stuck);
+            Ok::<_, UnitError>(())
+        };
+        answer.answer_with(work).await;
+    });
+    machine.units.start().await.unwrap();
+    bus.await.unwrap();
+    assert_eq!(machine.happened(), ["stuck start", "last start", "last start!"]);
+    let outcomes = machine.units.timeline().remove(0).units.into_iter().map(|unit| unit.outcome);
+    assert_eq!(outcomes.collect::<Vec<_>>(), [UnitOutcome::Removed, UnitOutcome::Done, UnitOutcome::Done]);
+}
+
+#[tokio::test]
 async fn a_unit_removed_before_it_took_its_saved_state_fails_the_restore() {
     let machine = Machine::new();
     let gate = Arc::new(Notify::new());
@@ -400,6 +440,38 @@ async fn a_failed_restore_leaves_the_set_faulted_and_a_failed_save_as_it_was() {
     );
     assert_eq!(names(&failures(&error).skipped[0].because), ["a"]);
     assert_eq!((machine.units.state(), b.handle().state()), (SetState::Faulted, UnitState::Stopped));
+}
+
+#[tokio::test]
+async fn a_failed_reset_or_post_restore_leaves_nothing_legal_but_stop() {
+    for operation in ["reset", "post-restore"] {
+        let machine = Machine::new();
+        let unit = machine.add(machine.unit("unit").on(operation, Script::Fail("no")), &[]);
+        let error = match operation {
+            "reset" => machine.units.reset().await.unwrap_err(),
+            _ => machine.units.restore(machine.units.save().await.unwrap()).await.unwrap_err(),
+        };
+        assert_eq!(failures(&error).operation.to_string(), operation);
+        assert_eq!((machine.units.state(), failures(&error).end), (SetState::Faulted, SetState::Faulted));
+        machine.happened();
+        let refused = [
+            machine.units.start().await.unwrap_err(),
+            machine.units.start_stopped_units().await.unwrap_err(),
+            machine.units.pause().await.unwrap_err(),
+            machine.units.reset().await.unwrap_err(),
+            machine.units.can_save().await.map(drop).unwrap_err(),
+            machine.units.save().await.map(drop).unwrap_err(),
+            machine.units.restore(Vec::new()).await.unwrap_err(),
+        ];
+        for error in refused {
+            let StateTransitionError::Illegal(illegal) = error else { panic!("{error}") };
+            assert_eq!(illegal.reason, IllegalReason::State(SetState::Faulted));
+        }
+        assert_eq!(machine.happened(), [""; 0]);
+        machine.units.stop().await.unwrap();
+        assert_eq!(machine.happened(), ["unit stop", "unit stop!"]);
+        assert_eq!((unit.handle().state(), machine.units.state()), (UnitState::Stopped, SetState::Faulted));
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use state_unit::{
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::Notify;
 
 /// What a unit does when it is asked for an operation.
@@ -36,6 +37,8 @@ pub struct TestUnit {
     pub name: String,
     pub log: Log,
     pub scripts: HashMap<&'static str, Script>,
+    /// How long it takes before it follows the script.
+    pub delays: HashMap<&'static str, Duration>,
     pub support: SaveSupport,
     pub count: u64,
 }
@@ -46,6 +49,7 @@ impl TestUnit {
             name: name.to_owned(),
             log: log.clone(),
             scripts: HashMap::new(),
+            delays: HashMap::new(),
             support: SaveSupport::Saves,
             count: 1,
         }
@@ -67,6 +71,10 @@ impl TestUnit {
 
     async fn act(&self, operation: &'static str) -> Result<(), UnitError> {
         self.note(operation);
+        tracing::info!("{} does {operation}", self.name);
+        if let Some(delay) = self.delays.get(operation) {
+            tokio::time::sleep(*delay).await;
+        }
         match self.scripts.get(operation) {
             None => tokio::task::yield_now().await,
             Some(Script::Fail(reason)) => return Err((*reason).into()),
