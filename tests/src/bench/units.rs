@@ -3,7 +3,7 @@
 //! Every unit has a saved state of 64 bytes and does nothing else, so that what is measured is the set's own work. In every
 //! round the bare round trips and each transition take their turn. Everything runs on one thread.
 //!
-//! The bars are half of a [`reference`](REFERENCE) that was measured on one machine: elsewhere they are for orientation,
+//! The bars are half of a reference that was measured on one machine: elsewhere they are for orientation,
 //! and the ratio to the bare round trips of the same run is what can be compared.
 //!
 //! Limits: neither KVM nor a process of guestd takes part; no figure fails the run.
