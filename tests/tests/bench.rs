@@ -3,7 +3,7 @@
 use std::process::{Command, ExitCode, Output};
 
 use anyhow::{Context, ensure};
-use guest_tests::bench::definitions;
+use guest_tests::bench::{definitions, units};
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::stage::Story;
 use serde_json::{Map, Value};
@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         trial("every_figure_is_measured_and_written", kvm, every_figure),
         trial("figures_are_chosen_by_name", kvm, chosen_figures),
         trial("an_unknown_figure_is_refused", kvm, unknown_figure),
+        trial("state_units_are_measured_in_every_graph", &[], state_units),
+        trial("graphs_of_state_units_are_not_empty", &[], empty_graphs),
     ];
     run(trials, || {})
 }
@@ -25,7 +27,7 @@ fn bench(arguments: &[&str]) -> anyhow::Result<(Output, Vec<Map<String, Value>>)
     let folder = TempDir::new()?;
     let json = folder.path().join("figures.json");
     let mut command = Command::new(env!("CARGO_BIN_EXE_guest-bench"));
-    command.args(["--allow-debug", "--rounds", "2", "--json"]).arg(&json).args(arguments);
+    command.args(arguments).args(["--allow-debug", "--rounds", "2", "--json"]).arg(&json);
     let output = command.output()?;
     let rows = std::fs::read(&json).ok().map(|text| serde_json::from_slice(&text)).transpose()?;
     Ok((output, rows.unwrap_or_default()))
@@ -36,7 +38,7 @@ fn names(rows: &[Map<String, Value>]) -> Vec<&str> {
 }
 
 fn every_figure() -> Story {
-    let (output, rows) = bench(&[])?;
+    let (output, rows) = bench(&["life"])?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let expected: Vec<_> = definitions().map(|figure| figure.name).collect();
     assert_eq!(names(&rows), expected);
@@ -61,16 +63,76 @@ fn well_formed(row: &Map<String, Value>, rows: &[Map<String, Value>]) -> Story {
 }
 
 fn chosen_figures() -> Story {
-    let (output, rows) = bench(&["rpc-d"])?;
+    let (output, rows) = bench(&["life", "rpc-d"])?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(names(&rows), ["socket", "rpc-direct"]);
     Ok(())
 }
 
 fn unknown_figure() -> Story {
-    let (output, rows) = bench(&["speed"])?;
+    let (output, rows) = bench(&["life", "speed"])?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && rows.is_empty());
     assert!(error.contains("no figure begins with \"speed\"; there are floor-in-process"), "{error}");
+    Ok(())
+}
+
+fn state_units() -> Story {
+    let (output, rows) = bench(&["units", "--counts", "10,40"])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(table.lines().count(), 1 + rows.len(), "{table}");
+    let mut rest = rows.iter().zip(table.lines().skip(1));
+    for graph in ["flat", "chain", "layers"] {
+        for units in [10, 40] {
+            for figure in &units::FIGURES {
+                let (row, line) = rest.next().context("a row for every figure of every graph")?;
+                assert_eq!((&row["graph"], &row["units"]), (&graph.into(), &units.into()), "{row:?}");
+                assert_eq!(row["name"], figure.name, "{row:?}");
+                assert!([graph, figure.name].iter().all(|word| line.contains(word)), "{line}");
+                well_formed_transition(row, &rows)?;
+            }
+        }
+    }
+    assert_eq!(rest.next(), None);
+    Ok(())
+}
+
+fn well_formed_transition(row: &Map<String, Value>, rows: &[Map<String, Value>]) -> Story {
+    const KEYS: [&str; 11] =
+        ["graph", "units", "name", "unit", "median", "p99", "ratio", "bar", "met", "growth", "linear"];
+    assert!(row.len() == KEYS.len() && KEYS.iter().all(|key| row.contains_key(*key)), "{row:?}");
+    let median = row["median"].as_f64().context("a median")?;
+    assert!(median > 0.0 && row["p99"].as_f64() >= Some(median) && row["unit"] == "µs", "{row:?}");
+    let other = |units: &Value, name: &Value| {
+        let found = rows.iter().find(|other| {
+            other["graph"] == row["graph"] && other["units"] == *units && other["name"] == *name
+        });
+        found.and_then(|other| other["median"].as_f64()).context("a row to compare with")
+    };
+    let is_bare = row["name"] == units::BARE;
+    let ratio =
+        (!is_bare).then(|| Ok::<_, anyhow::Error>(median / other(&row["units"], &units::BARE.into())?));
+    assert_near(row["ratio"].as_f64(), ratio.transpose()?, row);
+    let grown = row["units"] == 40;
+    let growth = grown.then(|| Ok::<_, anyhow::Error>(median / 4.0 / other(&10.into(), &row["name"])?));
+    assert_near(row["growth"].as_f64(), growth.transpose()?, row);
+    assert_eq!(row["linear"].is_boolean(), grown && !is_bare, "{row:?}");
+    let has_bar = row["graph"] == "flat" && !grown && !is_bare;
+    assert_eq!((row["bar"].is_number(), row["met"].is_boolean()), (has_bar, has_bar), "{row:?}");
+    Ok(())
+}
+
+fn assert_near(told: Option<f64>, is: Option<f64>, row: &Map<String, Value>) {
+    let error = told.zip(is).map(|(told, is)| (told - is).abs() / is);
+    assert_eq!((told.is_some(), error.is_some()), (is.is_some(), is.is_some()), "{row:?}");
+    assert!(error.is_none_or(|error| error < 1e-6), "{row:?}");
+}
+
+fn empty_graphs() -> Story {
+    let (output, rows) = bench(&["units", "--counts", "0"])?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && rows.is_empty());
+    assert!(error.contains("'0'") && error.contains("--counts"), "{error}");
     Ok(())
 }

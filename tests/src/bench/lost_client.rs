@@ -54,7 +54,7 @@ impl Rounds for Kills {
 
 fn start_client(socket: &Path) -> anyhow::Result<Child> {
     let mut client = Command::new(std::env::current_exe()?);
-    client.arg("--hold").arg(socket).stdin(Stdio::null()).stdout(Stdio::piped());
+    client.arg("hold").arg(socket).stdin(Stdio::null()).stdout(Stdio::piped());
     Ok(crate::process::spawn(client)?)
 }
 

@@ -1,4 +1,5 @@
-//! The benchmark: what a guest's life costs, beside what the bare system calls of the same cost in the same run.
+//! The benchmarks: what a guest's life costs, beside what the bare system calls of the same cost in the same run; and in
+//! [`units`] what a transition of state units costs, beside bare channels.
 //!
 //! Parts: [`figure`] is what is measured and what comes of it; each other module is a group of figures, which `GROUPS` lists.
 //! In every round every group takes its turn, so that whatever else the machine does meanwhile hits the floor and guestd alike.
@@ -14,6 +15,7 @@ mod launch;
 mod life;
 mod lost_client;
 mod rpc;
+pub mod units;
 
 use std::path::Path;
 
@@ -95,14 +97,22 @@ pub async fn measure(wanted: &[String], rounds: u32) -> anyhow::Result<Vec<Row>>
     Ok(samples.rows(&chosen))
 }
 
-/// Fails unless guests can be run and measured here.
+/// Fails for a debug build.
 ///
 /// # Errors
-/// When /dev/kvm cannot be opened, or these are debug builds and `debug` does not allow that.
-pub fn check(debug: bool) -> anyhow::Result<()> {
+/// When this is a debug build.
+pub fn check_build() -> anyhow::Result<()> {
     let release =
         "build and run with --release: `cargo build --release --bins`, then `cargo run --release …`";
-    ensure!(debug || !cfg!(debug_assertions), "debug builds are not worth measuring; {release}");
+    ensure!(!cfg!(debug_assertions), "debug builds are not worth measuring; {release}");
+    Ok(())
+}
+
+/// Fails unless guests can be run here.
+///
+/// # Errors
+/// When /dev/kvm cannot be opened.
+pub fn check_kvm() -> anyhow::Result<()> {
     let kvm = Path::new("/dev/kvm");
     let opened = std::fs::OpenOptions::new().read(true).write(true).open(kvm);
     opened.with_context(|| format!("nothing can be measured without {}", kvm.display()))?;

@@ -1,52 +1,97 @@
-//! `guest-bench`: the benchmark.
+//! `guest-bench`: the benchmarks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::Parser;
-use guest_tests::bench::{self, figure};
+use clap::{Args, Parser, Subcommand};
+use guest_tests::bench::{self, figure, units};
+use serde::Serialize;
 
-/// Measures guestd with the built-in guest (128 MiB, 1 VP) beside the bare system calls, on this machine's /dev/kvm.
-///
-/// guestd and guest-vmm are those beside this program: `cargo build --release --bins` comes first.
+/// Measures guestd beside the bare system calls and channels that it is made of, in the same run.
 #[derive(Debug, Parser)]
 #[command(name = "guest-bench", version)]
 struct Arguments {
     /// Write the figures to this file too: an array of objects
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Measure debug builds, whose figures say nothing
+    #[arg(long, global = true)]
+    allow_debug: bool,
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(Debug, Subcommand)]
+enum Benchmark {
+    /// A guest's life: launch, create, run, stop, calls and memory, with the built-in guest (128 MiB, 1 VP)
+    ///
+    /// It needs /dev/kvm. guestd and guest-vmm are those beside this program: `cargo build --release --bins` comes first.
+    Life(Life),
+    /// Transitions of state units, each with 64 bytes of saved state, in graphs of three shapes
+    Units(Units),
+    /// Be the client that is killed
+    #[command(hide = true)]
+    Hold {
+        /// The service's socket
+        socket: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Life {
     /// How often everything is measured
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Measure debug builds, whose figures say nothing
-    #[arg(long)]
-    allow_debug: bool,
-    /// Be the client that is killed
-    #[arg(long, hide = true, value_name = "SOCKET")]
-    hold: Option<PathBuf>,
     /// Only the figures whose names begin so, and those they are compared with
     #[arg(value_name = "FIGURE")]
     figures: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+struct Units {
+    /// How often everything is measured [default: 200,000 requests' worth, 15 to 2,000 times]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// How many units each graph has
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [10, 1_000, 10_000])]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    counts: Vec<u32>,
+}
+
 fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let local = tokio::task::LocalSet::new();
-    match &arguments.hold {
-        Some(socket) => local.block_on(&runtime, bench::hold(socket)),
-        None => local.block_on(&runtime, measure(&arguments)),
+    let Arguments { json, allow_debug, benchmark } = Arguments::parse();
+    if !allow_debug && !matches!(benchmark, Benchmark::Hold { .. }) {
+        bench::check_build()?;
+    }
+    match benchmark {
+        Benchmark::Life(life) => write(json.as_deref(), &measure_life(&life)?),
+        Benchmark::Units(units) => write(json.as_deref(), &measure_units(units)?),
+        Benchmark::Hold { socket } => block_on(bench::hold(&socket)),
     }
 }
 
-async fn measure(arguments: &Arguments) -> anyhow::Result<()> {
-    bench::check(arguments.allow_debug)?;
-    let rows = bench::measure(&arguments.figures, arguments.rounds).await?;
-    println!("{} rounds, 128 MiB, 1 VP", arguments.rounds);
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio::task::LocalSet::new().block_on(&runtime, work)
+}
+
+fn measure_life(life: &Life) -> anyhow::Result<Vec<figure::Row>> {
+    bench::check_kvm()?;
+    let rows = block_on(bench::measure(&life.figures, life.rounds))?;
+    println!("{} rounds, 128 MiB, 1 VP", life.rounds);
     print!("{}", figure::table(&rows));
-    if let Some(path) = &arguments.json {
-        let file = std::fs::File::create(path).with_context(|| path.display().to_string())?;
-        serde_json::to_writer_pretty(file, &rows).with_context(|| path.display().to_string())?;
-    }
-    Ok(())
+    Ok(rows)
+}
+
+fn measure_units(Units { rounds, counts }: Units) -> anyhow::Result<Vec<units::Row>> {
+    let counts = counts.into_iter().map(usize::try_from).collect::<Result<_, _>>()?;
+    let rows = units::measure(&units::Plan { units: counts, rounds })?;
+    print!("{}", units::table(&rows));
+    Ok(rows)
+}
+
+fn write(path: Option<&Path>, rows: &impl Serialize) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let file = std::fs::File::create(path).with_context(|| path.display().to_string())?;
+    serde_json::to_writer_pretty(file, rows).with_context(|| path.display().to_string())
 }
