@@ -78,7 +78,7 @@ interface OutputSink {
 }
 
 interface File {
-  # A file that the client keeps and the VMM reads, over any transport.
+  # A file that one side keeps and the other reads, over any transport: a client's kernel, a VMM's core dump.
 
   size @0 () -> (bytes :UInt64);
   read @1 (offset :UInt64, count :UInt32) -> (bytes :Data);

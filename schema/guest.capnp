@@ -79,8 +79,10 @@ interface GuestControl {
   observer @4 () -> (observer :Observer, error :Common.Failure);
 
   powerButton @5 () -> (result :Common.Result);
-  # unimplemented, like all that follow but inspect, update and addUnit.
+  # unimplemented, like snapshot and debugger.
   nmi @6 () -> (result :Common.Result);
+  # Sends every VP a non-maskable interrupt, as a front panel's button does. The VPs of a paused guest take it when they go on.
+  # notRunning unless running or paused.
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
   debugger @8 () -> (debugger :AnyPointer, error :Common.Failure);
   inspect @9 (path :Text, depth :UInt32, rendering :Rendering) -> (tree :Text, error :Common.Failure);
@@ -94,6 +96,11 @@ interface GuestControl {
   addUnit @11 (unit :Config.UnitConfig) -> (result :Common.Result);
   # Lets a client's unit join the guest's, and starts it if they run; if that fails, it is not added. badConfig, notRunning once
   # the guest has ended, faulted, deviceStartFailure.
+  dump @12 () -> (core :Common.File, error :Common.Failure);
+  # A core dump: an ELF file (ET_CORE) with a PT_LOAD for each range of memory, at its guest physical address, and two notes for each
+  # VP, NT_PRSTATUS (its number and one is the thread's) and QEMU's with segment and control registers. The registers are as of
+  # this call, the memory is as of each read: pause the guest for a dump of one moment. Reads fail once the guest has ended.
+  # notRunning then, internalError if a VP does not show its registers within half a second.
 }
 
 interface Observer {

@@ -2,6 +2,7 @@
 
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::channel::Channel;
+use crate::dump::CoreDump;
 use crate::error::ClientError;
 use crate::events::{Events, Sink};
 use crate::serial::{ByteStream, Callback, SerialOutput};
@@ -123,6 +124,23 @@ impl Control {
         let mut request = self.client.add_unit_request();
         unit.write(request.get().init_unit());
         Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
+    }
+
+    /// Sends every VP a non-maskable interrupt. `notRunning` unless running or paused.
+    pub fn nmi(&self) -> Call<()> {
+        let request = self.client.nmi_request();
+        Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
+    }
+
+    /// Begins a core dump, an ELF file: the registers as of now, the memory as of each read. Pause the guest for a dump of one
+    /// moment. `notRunning` once the guest has ended.
+    pub fn dump(&self) -> Call<CoreDump> {
+        let kept = self.clone();
+        Call::send(self.client.dump_request(), self.clone(), |results| {
+            let refused = failure_beside(results.has_error(), results.get_error())?;
+            let core = results.get_core()?;
+            Ok(refused.map(|()| CoreDump::new(core, kept)))
+        })
     }
 
     /// As [`Observer::inspect`], with what is the guest's own: its registers, its command line.

@@ -41,6 +41,7 @@
 
 mod call;
 mod channel;
+mod dump;
 mod error;
 mod events;
 mod file;
@@ -50,6 +51,7 @@ mod lifecycle;
 mod serial;
 
 pub use call::Call;
+pub use dump::{CoreDump, DumpError};
 pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};

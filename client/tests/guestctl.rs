@@ -11,6 +11,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
@@ -311,6 +312,33 @@ fn update_prints_what_the_node_then_has() {
         assert!(output.stdout.is_empty());
     }
     ends(service.command(&["update", "one", "greeting"]), 2, "<VALUE>");
+}
+
+#[test]
+fn dump_writes_a_file_once_it_is_whole() {
+    let service = Service::start();
+    let path = service.path("core");
+    let name = path.to_str().expect("text");
+    std::fs::write(&path, "a former one").expect("written");
+    ends(service.command(&["dump", "one", name]), 0, "");
+    let core = std::fs::read(&path).expect("there");
+    assert_eq!(core.len() as u64, fake::CORE_BYTES);
+    assert!((0..).zip(&core).all(|(offset, byte)| *byte == fake::core_byte(offset)));
+    let blocks = std::fs::metadata(&path).expect("there").blocks();
+    assert!(blocks * 512 < 1 << 20, "{blocks} blocks: zeros are holes");
+
+    ends(service.command(&["dump", "two", name]), 1, "there is no guest \"two\"");
+    assert_eq!(std::fs::read(&path).expect("there"), core, "a dump that fails replaces nothing");
+    let nowhere = service.path("nowhere/core");
+    ends(service.command(&["dump", "one", nowhere.to_str().expect("text")]), 1, "nowhere/core: No such file");
+    let left: Vec<_> = std::fs::read_dir(service.folder.path()).expect("there").flatten().collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+}
+
+#[test]
+fn nmi_says_why_it_is_refused() {
+    let service = Service::start();
+    ends(service.command(&["nmi", "one"]), 1, "the guest does not run");
 }
 
 #[test]

@@ -5,9 +5,9 @@ use crate::serial::SerialLog;
 use crate::settings::Settings;
 use crate::shown;
 use devices::SerialInput;
-use guest_schema::{Exit, Failure, GuestError, GuestState, OnReset, Phase, Transition, UnitStatus};
+use guest_schema::{Exit, Failure, GuestError, GuestState, OnReset, Phase, Transition, UnitStatus, chain};
 use inspect::{Inspection, Node, Request, Update, UpdateError, View};
-use machine::MachineView;
+use machine::{CoreDump, DumpError, MachineView};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -128,6 +128,26 @@ impl Guest {
         self.phase.set(Phase::Terminated);
         self.events.terminated(exit.clone());
         self.exit.send_replace(Some(exit));
+    }
+
+    /// Sends its VPs a non-maskable interrupt.
+    pub fn inject_nmi(&self) -> Result<(), Failure> {
+        match (self.phase.get(), self.view()) {
+            (Phase::Running | Phase::Paused, Some(view)) => Ok(view.inject_nmi()),
+            _ => Err(Failure::new(GuestError::NotRunning, "the guest does not run")),
+        }
+    }
+
+    /// Begins a core dump.
+    pub async fn dump(&self) -> Result<CoreDump, Failure> {
+        let view = self.view().ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest has ended"))?;
+        view.dump(VP_STATE).await.map_err(|error| {
+            let code = match error {
+                DumpError::Gone => GuestError::NotRunning,
+                DumpError::Vp { .. } | DumpError::Memory(_) => GuestError::InternalError,
+            };
+            Failure::new(code, chain(&error))
+        })
     }
 
     /// What an observer sees.

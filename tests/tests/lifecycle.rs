@@ -2,6 +2,8 @@
 //! through the service.
 
 use std::future::Future;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::pin::Pin;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -18,6 +20,9 @@ use guest_tests::stage::{Act, Channel, Kind, Stage, Story, expect, gone, play_on
 use guest_tests::unit::NotingUnit;
 use guest_tests::wait;
 use libtest_mimic::Trial;
+use object::Endianness;
+use object::elf::{FileHeader64, NT_PRSTATUS, PT_LOAD};
+use object::read::elf::{FileHeader, ProgramHeader};
 use tokio::sync::mpsc;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -81,6 +86,8 @@ stories! {
     an_observer_sees_the_units_and_what_depends_on_what;
     a_timeline_tells_who_waited_for_whom;
     only_an_operator_sees_what_is_the_guests_own;
+    an_operator_dumps_the_guest;
+    an_operator_sends_a_non_maskable_interrupt;
     an_operator_inspects_and_updates_what_is_writable;
     an_inspected_node_that_cannot_be_updated_says_why;
     an_operators_deadline_holds_for_a_unit_that_never_stops with ",fail-unit=stop-hangs";
@@ -774,6 +781,91 @@ async fn only_an_operator_sees_what_is_the_guests_own(stage: Stage) -> Story {
     expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
     let late = control.inspect("", 1, Rendering::Text).await;
     expect("after its end", refusal(late)?, GuestError::NotRunning)
+}
+
+async fn an_operator_dumps_the_guest(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let config = GuestConfig { cpus: 2, ..player.config(Act::Spin)? };
+    let running = player.play_config(&config).await?;
+    let control = player.lifecycle.control();
+    let begun_before = control.dump().await?;
+    control.pause().await?;
+    let shown = control.inspect("vps/0/state/registers/rip", 0, Rendering::Text).await?;
+
+    let core = control.dump().await?;
+    let file = tempfile::tempfile()?;
+    let mut told = Vec::new();
+    core.save(&file, |done, bytes| told.push((done, bytes))).await?;
+    let bytes = core.bytes().await?;
+    expect("progress", (told.first(), told.last()), (Some(&(0, bytes)), Some(&(bytes, bytes))))?;
+    let mut read = Vec::new();
+    (&file).read_to_end(&mut read)?;
+    expect("size", read.len() as u64, bytes)?;
+    expect("holes", file.metadata()?.blocks() * 512 < bytes / 2, true)?;
+    let core_file = CoreFile::read(&read)?;
+    expect("memory", core_file.memory_bytes, config.memory.bytes)?;
+    expect("threads", core_file.instruction_pointers.len(), 2)?;
+    expect("rip", format!("{:#x}\n", core_file.instruction_pointers[0]), shown)?;
+
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
+    expect("after its end", refusal(control.dump().await.map(drop))?, GuestError::NotRunning)?;
+    expect("memory is gone", begun_before.read(1 << 20, 1).await.is_err(), true)
+}
+
+/// What a core file says of a guest.
+struct CoreFile {
+    memory_bytes: u64,
+    instruction_pointers: Vec<u64>,
+}
+
+impl CoreFile {
+    fn read(file: &[u8]) -> anyhow::Result<Self> {
+        let header = FileHeader64::<Endianness>::parse(file)?;
+        let endian = header.endian()?;
+        let segments = header.program_headers(endian, file)?;
+        let loads = segments.iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
+        let memory_bytes = loads.map(|segment| segment.p_filesz(endian)).sum();
+        let mut notes = segments[0].notes(endian, file)?.ok_or_else(|| anyhow!("no notes"))?;
+        let mut instruction_pointers = Vec::new();
+        while let Some(note) = notes.next()? {
+            if note.n_type(endian) == NT_PRSTATUS {
+                // The registers begin at byte 112, and RIP is the 17th.
+                let rip = note.desc()[112 + 16 * 8..].first_chunk().ok_or_else(|| anyhow!("a short note"))?;
+                instruction_pointers.push(u64::from_le_bytes(*rip));
+            }
+        }
+        Ok(Self { memory_bytes, instruction_pointers })
+    }
+}
+
+async fn an_operator_sends_a_non_maskable_interrupt(stage: Stage) -> Story {
+    let (player, kind) = (stage.launch("").await?, stage.kind);
+    let running = player.play(Act::Halt).await?;
+    let control = player.lifecycle.control();
+    player.cue(&running, Act::Halt).await?;
+    let observer = running.guest.observer();
+    let does = |wanted: VpState| {
+        let observer = observer.clone();
+        move || {
+            let observer = observer.clone();
+            async move {
+                let state = observer.state().await.map_err(|error| error.to_string())?;
+                if state.vps == [wanted] { Ok(()) } else { Err(format!("VPs are {:?}", state.vps)) }
+            }
+        }
+    };
+    wait::found_async("VP 0 to halt", PATIENCE, does(VpState::Halted)).await?;
+    control.nmi().await?;
+    match kind {
+        // What is behind the halt spins.
+        Kind::Scripted => wait::found_async("VP 0 to go on", PATIENCE, does(VpState::Running)).await?,
+        // Its handler tells the vector.
+        Kind::BuiltIn => running.console.saw("fault 2 ").await?,
+    }
+    player.lifecycle.stop().await?;
+    expect("run", refusal(running.run.await)?, GuestError::ControllerForcedHalt)?;
+    expect("after its end", refusal(control.nmi().await)?, GuestError::NotRunning)
 }
 
 async fn an_operator_inspects_and_updates_what_is_writable(stage: Stage) -> Story {

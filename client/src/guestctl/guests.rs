@@ -1,4 +1,4 @@
-//! The commands about guests that run already: ps, stop, wait, pause, resume, reset; and info.
+//! The commands about guests that run already: ps, stop, wait, pause, resume, reset, nmi; and info.
 
 use crate::ending::{FAILED, Outcome, Trouble};
 use crate::out::Out;
@@ -103,6 +103,11 @@ pub async fn resume(host: &Host, id: &str) -> Outcome {
 /// Starts a guest anew.
 pub async fn reset(host: &Host, id: &str) -> Outcome {
     Ok(control(host, id).await?.reset().await?)
+}
+
+/// Sends a guest a non-maskable interrupt.
+pub async fn nmi(host: &Host, id: &str) -> Outcome {
+    Ok(control(host, id).await?.nmi().await?)
 }
 
 async fn control(host: &Host, id: &str) -> Outcome<Control> {

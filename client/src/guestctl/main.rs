@@ -1,9 +1,11 @@
 //! guestctl: guests from the command line.
 //!
-//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`), and what they share: `options`, `service` (guestd, or a private one in this
+//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`, `dump`), and
+//! what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
 mod demo;
+mod dump;
 mod ending;
 mod guests;
 mod look;
@@ -62,6 +64,8 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Pause { id } => guests::pause(&service::running(options).await?, id).await,
         Command::Resume { id } => guests::resume(&service::running(options).await?, id).await,
         Command::Reset { id } => guests::reset(&service::running(options).await?, id).await,
+        Command::Nmi { id } => guests::nmi(&service::running(options).await?, id).await,
+        Command::Dump(dump) => dump::dump(&service::running(options).await?, dump).await,
         Command::Inspect(look) => look::inspect(&service::running(options).await?, look, out).await,
         Command::Update(change) => look::update(&service::running(options).await?, change, out).await,
         Command::Events { id, from, json } => {

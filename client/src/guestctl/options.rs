@@ -104,6 +104,13 @@ pub enum Command {
         /// Its id, or a unique beginning of it
         id: String,
     },
+    /// Send a guest's processors a non-maskable interrupt, as a front panel's button does
+    Nmi {
+        /// Its id, or a unique beginning of it
+        id: String,
+    },
+    /// Write a guest's registers and memory to an ELF core file, for gdb, crash or drgn
+    Dump(Dump),
     /// Show what a guest and its machine are made of, and how they are
     Inspect(Look),
     /// Change a value that `inspect` shows, where that is possible, and print it
@@ -146,6 +153,27 @@ pub enum Command {
         /// The shell
         shell: Shell,
     },
+}
+
+const DUMP: &str = "\
+A guest that runs is held until the file is written, so that it is of one moment, and goes on afterwards. Memory is at its guest \
+physical addresses; pages of zeros are holes in the file. Processor N is thread N + 1.
+
+Examples:
+  guestctl dump web web.core && gdb -ex 'info threads' kernel web.core
+  guestctl dump --live web web.core";
+
+/// `guestctl dump`.
+#[derive(Debug, Args)]
+#[command(after_help = DUMP)]
+pub struct Dump {
+    /// The guest's id, or a unique beginning of it
+    pub id: String,
+    /// The file; one that is there is replaced once the dump is whole
+    pub file: PathBuf,
+    /// Let the guest run meanwhile: its memory is then not of one moment
+    #[arg(long)]
+    pub live: bool,
 }
 
 /// `guestctl inspect`.

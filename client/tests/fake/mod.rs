@@ -4,6 +4,7 @@
 
 use capnp::capability::Promise;
 use guest_client::{Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, Phase, VpState};
+use guest_schema::common_capnp::file;
 use guest_schema::common_capnp::{byte_stream, output_sink};
 use guest_schema::guest_capnp::{guest, guest_control, guest_lifecycle, observer};
 use guest_schema::host_capnp::{guest_exit, guest_host};
@@ -311,6 +312,25 @@ impl guest_control::Server for Control {
         Ok(())
     }
 
+    async fn nmi(
+        self: Rc<Self>,
+        _: guest_control::NmiParams,
+        mut results: guest_control::NmiResults,
+    ) -> capnp::Result<()> {
+        let failure = Failure::new(GuestError::NotRunning, "the guest does not run");
+        Failure::write_result(&Err(failure), results.get().init_result());
+        Ok(())
+    }
+
+    async fn dump(
+        self: Rc<Self>,
+        _: guest_control::DumpParams,
+        mut results: guest_control::DumpResults,
+    ) -> capnp::Result<()> {
+        results.get().set_core(capnp_rpc::new_client(Core));
+        Ok(())
+    }
+
     async fn observer(
         self: Rc<Self>,
         _: guest_control::ObserverParams,
@@ -322,6 +342,35 @@ impl guest_control::Server for Control {
 }
 
 /// What there is to be updated: the node `greeting`, in upper case.
+/// The size of the core dump: neither a multiple of what is read at a time nor of a page.
+pub const CORE_BYTES: u64 = (3 << 20) + 77;
+
+/// A byte of the core dump: most of it is zeros.
+pub fn core_byte(offset: u64) -> u8 {
+    if offset.is_multiple_of(1_000_003) || offset + 1 == CORE_BYTES { 0x5a } else { 0 }
+}
+
+/// A core dump.
+struct Core;
+
+impl file::Server for Core {
+    async fn size(self: Rc<Self>, _: file::SizeParams, mut results: file::SizeResults) -> capnp::Result<()> {
+        results.get().set_bytes(CORE_BYTES);
+        Ok(())
+    }
+
+    async fn read(
+        self: Rc<Self>,
+        params: file::ReadParams,
+        mut results: file::ReadResults,
+    ) -> capnp::Result<()> {
+        let (offset, count) = (params.get()?.get_offset(), u64::from(params.get()?.get_count()));
+        let bytes: Vec<u8> = (offset..CORE_BYTES.min(offset + count)).map(core_byte).collect();
+        results.get().set_bytes(&bytes);
+        Ok(())
+    }
+}
+
 fn updated(path: &str, value: &str) -> Result<String, Failure> {
     match path {
         "greeting" => Ok(value.to_uppercase()),

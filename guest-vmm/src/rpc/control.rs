@@ -4,10 +4,14 @@ use super::observer::{Observed, inspected};
 use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
+use guest_schema::common_capnp::file;
 use guest_schema::guest_capnp::{guest_control, observer};
-use guest_schema::{Failure, UnitConfig};
+use guest_schema::{Failure, UnitConfig, chain};
+use guest_transport::broken;
 use inspect::View;
+use machine::CoreDump;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// A guest, controlled.
 pub(crate) struct Control {
@@ -119,4 +123,58 @@ impl guest_control::Server for Control {
         Failure::write_result(&added, results.get().init_result());
         Ok(())
     }
+
+    async fn nmi(
+        self: Rc<Self>,
+        _: guest_control::NmiParams,
+        mut results: guest_control::NmiResults,
+    ) -> capnp::Result<()> {
+        Failure::write_result(&self.guest.inject_nmi(), results.get().init_result());
+        Ok(())
+    }
+
+    async fn dump(
+        self: Rc<Self>,
+        _: guest_control::DumpParams,
+        mut results: guest_control::DumpResults,
+    ) -> capnp::Result<()> {
+        match self.guest.dump().await {
+            Ok(core) => {
+                let core: file::Client = capnp_rpc::new_client(DumpFile(Arc::new(core)));
+                results.get().set_core(core);
+            }
+            Err(failure) => {
+                results.get().set_core(broken(&failure));
+                failure.write(results.get().init_error());
+            }
+        }
+        Ok(())
+    }
 }
+
+/// A core dump, read by a client.
+struct DumpFile(Arc<CoreDump>);
+
+impl file::Server for DumpFile {
+    async fn size(self: Rc<Self>, _: file::SizeParams, mut results: file::SizeResults) -> capnp::Result<()> {
+        results.get().set_bytes(self.0.bytes());
+        Ok(())
+    }
+
+    /// Memory is read on the blocking pool: the host may have to swap it in.
+    async fn read(
+        self: Rc<Self>,
+        params: file::ReadParams,
+        mut results: file::ReadResults,
+    ) -> capnp::Result<()> {
+        let (offset, count) = (params.get()?.get_offset(), params.get()?.get_count().min(MAX_FILE_READ));
+        let core = self.0.clone();
+        let read = tokio::task::spawn_blocking(move || core.read(offset, count as usize)).await;
+        let bytes = read.map_err(|panicked| capnp::Error::failed(panicked.to_string()))?;
+        results.get().set_bytes(&bytes.map_err(|error| capnp::Error::failed(chain(&error)))?);
+        Ok(())
+    }
+}
+
+/// The most bytes of one answer, as the protocol has it.
+const MAX_FILE_READ: u32 = 1 << 20;
