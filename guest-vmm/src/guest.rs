@@ -132,10 +132,10 @@ impl Guest {
 
     /// Sends its VPs a non-maskable interrupt.
     pub fn inject_nmi(&self) -> Result<(), Failure> {
-        match (self.phase.get(), self.view()) {
-            (Phase::Running | Phase::Paused, Some(view)) => Ok(view.inject_nmi()),
-            _ => Err(Failure::new(GuestError::NotRunning, "the guest does not run")),
-        }
+        let started = matches!(self.phase.get(), Phase::Running | Phase::Paused);
+        let view = self.view().filter(|_| started);
+        view.ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest does not run"))?.inject_nmi();
+        Ok(())
     }
 
     /// Begins a core dump.
