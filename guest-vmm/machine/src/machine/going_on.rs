@@ -475,6 +475,26 @@ async fn vps_that_wait_for_sipi_halt_or_run_go_on_in_another_machine() {
     }
 }
 
+/// On KVM: what was sent to a VP while it was stopped, and KVM was not told yet.
+#[tokio::test]
+async fn an_nmi_that_was_sent_to_a_stopped_vp_is_saved() {
+    let mut original = Bench::builtin(1).await;
+    let pending = |states: &[SavedStateUnit]| {
+        let state: vp::VpSetState = state_of(states, VPS);
+        state.vps[0].events.expect("KVM has them").nmis_pending
+    };
+    assert_eq!(pending(&original.save().await), 0);
+    original.machine.partition.inject_nmi(VpIndex(0));
+    let states = original.save().await;
+    assert_eq!(pending(&states), 1);
+    let mut new = Bench::builtin(1).await;
+    new.machine.partition.inject_nmi(VpIndex(0));
+    new.take_over(&original, states).await;
+    assert_eq!(pending(&new.save().await), 1, "the one that was saved, and none of its own");
+    new.end().await;
+    original.end().await;
+}
+
 /// On KVM: the VP starts where the boot loader said, though the machine that it starts in has loaded nothing.
 #[tokio::test]
 async fn a_kvm_guest_that_is_yet_to_start_starts_in_another_machine() {
