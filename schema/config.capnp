@@ -35,6 +35,10 @@ struct GuestConfig {
   sound @14 :Bool;
   wayland @15 :Bool;
   magma @16 :Bool;
+
+  catchUpTime @17 :Bool;
+  # Time that passed while the guest was paused or saved shows in its clocks, which jump when it goes on. Otherwise they go on from
+  # where they were, unless the host's KVM has no time-stamp counter for guests but its own.
 }
 
 struct BootSource {

@@ -22,6 +22,7 @@
 //!     memory: MemoryConfig::of_bytes(128 << 20),
 //!     on_reset: OnReset::Restart,
 //!     units: Vec::new(),
+//!     catch_up_time: false,
 //! };
 //! let (output, mut chunks) = tokio::sync::mpsc::channel::<SerialChunk>(16);
 //! let created = lifecycle.create(&config);

@@ -38,6 +38,7 @@ fn config(kernel: Option<guest_client::FileSource>, cpus: u32) -> GuestConfig {
         memory: MemoryConfig::of_bytes(1 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        catch_up_time: false,
     }
 }
 

@@ -115,6 +115,7 @@ mod tests {
             memory: MemoryConfig::of_bytes(1 << 20),
             on_reset: OnReset::Restart,
             units: Vec::new(),
+            catch_up_time: false,
         }
     }
 

@@ -202,7 +202,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
     };
     Ok(MachineConfig {
         vps: config.cpus,
-        time: TimePolicy::default(),
+        time: if config.catch_up_time { TimePolicy::CatchUp } else { TimePolicy::Hidden },
         memory_bytes: config.memory.bytes,
         memory: MemoryOptions {
             huge_pages: config.memory.huge_pages,

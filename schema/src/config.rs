@@ -101,6 +101,8 @@ pub struct GuestConfig {
     pub on_reset: OnReset,
     /// State units that the client implements.
     pub units: Vec<UnitConfig>,
+    /// The guest's clocks jump over the time during which it did not run; else they go on from where they were.
+    pub catch_up_time: bool,
 }
 
 /// A config as it came, with what cannot even be expressed in a [`GuestConfig`].
@@ -148,7 +150,8 @@ impl GuestConfig {
             lock: memory.get_lock(),
         };
         let units = UnitConfig::read_all(reader.get_units()?, &mut faults)?;
-        let config = Self { kernel, ramdisk, cmdline, cpus: reader.get_cpus(), memory, on_reset, units };
+        let (cpus, catch_up_time) = (reader.get_cpus(), reader.get_catch_up_time());
+        let config = Self { kernel, ramdisk, cmdline, cpus, memory, on_reset, units, catch_up_time };
         Ok(ReadConfig { config, faults })
     }
 
@@ -169,6 +172,7 @@ impl GuestConfig {
             OnReset::Restart => wire::OnReset::Restart,
             OnReset::Stop => wire::OnReset::Stop,
         });
+        builder.set_catch_up_time(self.catch_up_time);
         UnitConfig::write_all(&self.units, |count| builder.init_units(count));
     }
 }
@@ -275,6 +279,7 @@ mod tests {
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
             units: Vec::new(),
+            catch_up_time: true,
         };
         let read = message(|builder| config.write(builder));
         assert!(read.faults.is_empty(), "{:?}", read.faults);

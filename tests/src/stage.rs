@@ -187,6 +187,7 @@ impl Player {
             memory: MemoryConfig::of_bytes(16 << 20),
             on_reset: OnReset::Restart,
             units: Vec::new(),
+            catch_up_time: false,
         })
     }
 

@@ -341,6 +341,7 @@ async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
         memory: MemoryConfig::of_bytes(0),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        catch_up_time: false,
     };
     let (code, detail) = refused(player.lifecycle.create(&bad).await)?;
     expect("create", code, GuestError::BadConfig)?;
@@ -377,6 +378,7 @@ fn endless_config() -> GuestConfig {
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        catch_up_time: false,
     }
 }
 

@@ -42,6 +42,8 @@ fn main() -> ExitCode {
         test("a_reset_ends_a_guest_that_is_to_stop", a_reset_ends_a_guest_that_is_to_stop),
         test("a_panic_that_reboots_is_a_reset", a_panic_that_reboots_is_a_reset),
         test("a_panic_that_stays_runs_until_it_is_stopped", a_panic_that_stays_runs_until_it_is_stopped),
+        test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
+        test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
     ];
     requirements::run(trials, || SHARED.close())
 }
@@ -118,10 +120,7 @@ fn a_panic_that_reboots_is_a_reset(lab: &Lab) -> anyhow::Result<()> {
 
 /// Through a guestd that runs, and that shows and ends the guest.
 fn a_panic_that_stays_runs_until_it_is_stopped(lab: &Lab) -> anyhow::Result<()> {
-    lab.run("(guestd --socket /tmp/guestd.sock >/tmp/guestd.log 2>&1; touch /tmp/guestd.ended) &", LIMIT)?;
-    let up =
-        "until [ -S /tmp/guestd.sock ] || [ -e /tmp/guestd.ended ]; do sleep 0.1; done; cat /tmp/guestd.log";
-    let log = lab.run(up, LIMIT)?.output;
+    let log = serve(lab, "/tmp/guestd")?;
     let guest = LabGuest::start(lab, "stays", "panic=0", "--memory 256M --socket /tmp/guestd.sock")
         .with_context(|| log)?;
     guest.saw(BOOTED, 1, LIMIT)?;
@@ -137,6 +136,73 @@ fn a_panic_that_stays_runs_until_it_is_stopped(lab: &Lab) -> anyhow::Result<()> 
     let end = guest.end(LIMIT)?;
     ensure!(end.status == 1 && end.err.contains("controllerForcedHalt"), "{end:?}");
     Ok(())
+}
+
+/// Starts a guestd whose files are named `base` and an ending (the socket's is `.sock`), and returns what it has said once it is up.
+fn serve(lab: &Lab, base: &str) -> anyhow::Result<String> {
+    lab.run(&format!("(guestd --socket {base}.sock >{base}.log 2>&1; touch {base}.ended) &"), LIMIT)?;
+    let up = format!("until [ -S {base}.sock ] || [ -e {base}.ended ]; do sleep 0.1; done; cat {base}.log");
+    Ok(lab.run(&up, LIMIT)?.output)
+}
+
+fn a_pause_does_not_show_in_the_clocks(lab: &Lab) -> anyhow::Result<()> {
+    let Pause { paused, around, guest } = pause(lab, "hidden", "")?;
+    ensure!(around >= guest + paused, "{guest:?} of {around:?}, {paused:?} of which the guest was paused");
+    Ok(())
+}
+
+fn a_pause_that_is_caught_up_with_shows(lab: &Lab) -> anyhow::Result<()> {
+    let Pause { paused, around, guest } = pause(lab, "caught-up", "--catch-up-time")?;
+    ensure!(guest >= paused, "{guest:?} of {around:?}, {paused:?} of which the guest was paused");
+    Ok(())
+}
+
+/// How long something took, by different clocks.
+struct Pause {
+    /// The guest did not run, at the least: from pause's answer to resume's question.
+    paused: Duration,
+    /// The lab's time from before the guest's clock was read first until after it was read last.
+    around: Duration,
+    /// The guest's time between these two.
+    guest: Duration,
+}
+
+/// The time since boot, of a Linux that has not slept.
+const UPTIME: &str = "cut -d' ' -f1 /proc/uptime";
+/// The clock that Linux keeps, and which ones it does not trust. The lab's processors are of a kind whose counters it does not trust
+/// from the beginning, if there are several.
+const CLOCK: &str =
+    "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; dmesg | grep -i unstable";
+
+/// Pauses a Linux of two VPs for longer than it takes to ask it for the time, and asks it before and after. It keeps its clock.
+fn pause(lab: &Lab, name: &str, arguments: &str) -> anyhow::Result<Pause> {
+    let base = format!("/tmp/guestd-{name}");
+    let log = serve(lab, &base)?;
+    let arguments = format!("--cpus 2 --memory 256M --socket {base}.sock {arguments}");
+    let guest = LabGuest::start(lab, name, "panic=-1", &arguments).with_context(|| log)?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    assert_is_in_order(&guest, 2, 256 * MIB)?;
+    let clock = guest.ask(CLOCK, LIMIT)?;
+    let asked = uptime(&guest.here(UPTIME)?)?;
+    let before = uptime(&guest.ask(UPTIME, LIMIT)?)?;
+    let (control, answered) = (format!("--socket {base}.sock {name}"), uptime(&guest.here(UPTIME)?)?);
+    let paused = uptime(&guest.here(&format!("guestctl pause {control} && {UPTIME}"))?)?;
+    // What is to be told apart from a pause is how long asking takes.
+    let long = 4 * (answered - asked) + Duration::from_secs(5);
+    while uptime(&guest.here(&format!("sleep 1; {UPTIME}"))?)? < paused + long {}
+    let resumed = uptime(&guest.here(&format!("{UPTIME} && guestctl resume {control}"))?)?;
+    let after = uptime(&guest.ask(UPTIME, LIMIT)?)?;
+    let around = uptime(&guest.here(UPTIME)?)?.saturating_sub(asked);
+    assert_is_in_order(&guest, 2, 256 * MIB)?;
+    let clock_after = guest.ask(CLOCK, LIMIT)?;
+    ensure!(clock == clock_after, "{clock:?} before the pause, {clock_after:?} after it");
+    assert_is_clean(&power_off(&guest)?, 1)?;
+    Ok(Pause { paused: resumed.saturating_sub(paused), around, guest: after.saturating_sub(before) })
+}
+
+fn uptime(text: &str) -> anyhow::Result<Duration> {
+    let seconds: f64 = text.trim().parse().with_context(|| format!("no time: {text:?}"))?;
+    Ok(Duration::try_from_secs_f64(seconds)?)
 }
 
 /// What Linux has found of processors and memory is what it was given; it trusts its clock, and complains of nothing.

@@ -290,6 +290,9 @@ pub struct Run {
     /// Keep the memory from being swapped
     #[arg(long)]
     pub lock_memory: bool,
+    /// Let the guest's clocks jump over the time during which it is paused
+    #[arg(long)]
+    pub catch_up_time: bool,
     /// Speak to the guest through the service, as a client does that cannot pass descriptors
     #[arg(long)]
     pub proxied: bool,
@@ -334,15 +337,25 @@ mod tests {
     fn run_has_its_defaults() {
         let run = run(&[]).expect("no option is needed");
         assert_eq!((run.cpus, run.memory, run.on_reset), (1, 128 << 20, ResetOption::Restart));
+        assert!(!run.catch_up_time);
         assert!(run.kernel.is_none() && run.name.is_empty() && run.cmdline.is_empty());
     }
 
     #[test]
     fn run_takes_its_options() {
-        let run =
-            run(&["--memory", "1G", "--cpus=4", "--on-reset", "stop", "--cmdline", "-x y"]).expect("valid");
+        let run = run(&[
+            "--memory",
+            "1G",
+            "--cpus=4",
+            "--on-reset",
+            "stop",
+            "--cmdline",
+            "-x y",
+            "--catch-up-time",
+        ])
+        .expect("valid");
         assert_eq!((run.cpus, run.memory, run.on_reset), (4, 1 << 30, ResetOption::Stop));
-        assert_eq!(run.cmdline, "-x y");
+        assert_eq!((&*run.cmdline, run.catch_up_time), ("-x y", true));
     }
 
     #[test]

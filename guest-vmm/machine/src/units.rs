@@ -1,7 +1,8 @@
 //! The state units of a machine: what start, stop, reset, save and restore mean for its memory, partition, devices and VPs, and
 //! what each shows of itself. What the guest has put there is marked as sensitive.
 //!
-//! Limits: devices are saved and restored; memory, the partition and the VPs refuse both, each with its reason.
+//! Limits: memory refuses to be saved and restored, and so does a machine that has it: devices, partition and VPs do both. A state
+//! that a guest in another machine is to go on from needs the same memory there.
 
 use crate::boot::BootImage;
 use crate::layout;
@@ -9,8 +10,9 @@ use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::vp_set::VpSet;
 use devices::Device;
+use guest_saved_state::processor::partition as saved;
 use inspect::{Deferred, InspectMut, Request};
-use processor::Partition;
+use processor::{Partition, PartitionState};
 use save_restore::{RestoreError, SaveError, SavedStateBlob};
 use state_unit::{SaveSupport, StateUnit, UnitError};
 use std::ops::Range;
@@ -140,7 +142,7 @@ impl Part for MemoryPart {
         Ok(())
     }
 
-    refuse_to_be_saved!("the guest's memory has no saved state");
+    refuse_to_be_saved!("memory is not part of saved states yet");
 
     fn inspect(&mut self, request: Request<'_>) {
         let MemoryOptions { huge_pages, prefault, lock } = self.memory.options();
@@ -179,7 +181,25 @@ impl Part for PartitionPart {
         Ok(self.partition.reset()?)
     }
 
-    refuse_to_be_saved!("the partition has no saved state");
+    fn can_save(&mut self) -> SaveSupport {
+        SaveSupport::Saves
+    }
+
+    async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
+        let state = PartitionState::save(&mut *self.partition.access_state())?;
+        Ok(SavedStateBlob::new(&saved::PartitionState::from(&state)))
+    }
+
+    /// What the state does not have is as in a new partition. The devices come next, then the VPs.
+    async fn restore(&mut self, state: SavedStateBlob) -> Result<(), RestoreError> {
+        let state = PartitionState::try_from(state.parse::<saved::PartitionState>()?)?;
+        self.partition.reset().map_err(RestoreError::other)?;
+        Ok(state.restore(&mut *self.partition.access_state())?)
+    }
+
+    async fn post_restore(&mut self) -> Result<(), UnitError> {
+        Ok(())
+    }
 
     fn inspect(&mut self, request: Request<'_>) {
         let mut response = request.respond();
@@ -284,7 +304,21 @@ impl Part for VpsPart {
         Ok(self.0.reset().await?)
     }
 
-    refuse_to_be_saved!("VPs have no saved state");
+    fn can_save(&mut self) -> SaveSupport {
+        SaveSupport::Saves
+    }
+
+    async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
+        self.0.save().await.map(|state| SavedStateBlob::new(&state))
+    }
+
+    async fn restore(&mut self, state: SavedStateBlob) -> Result<(), RestoreError> {
+        self.0.restore(state.parse()?).await
+    }
+
+    async fn post_restore(&mut self) -> Result<(), UnitError> {
+        Ok(())
+    }
 
     /// What they are as a unit. What each shows of itself is reached past the unit, also while it moves.
     fn inspect(&mut self, request: Request<'_>) {

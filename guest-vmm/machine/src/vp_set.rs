@@ -1,14 +1,16 @@
-//! The VPs of a machine: started, stopped and reset together, and asked what they do.
+//! The VPs of a machine: started, stopped, reset, saved and restored together, and asked what they do.
 
 use crate::loader::InitialVpState;
 use futures::future::{join_all, try_join_all};
+use guest_saved_state::processor::vp::VpSetState;
 use processor::{
     BindProcessor, CpuIo, ErasedVpState, MpState, NewPartition, Partition, SpawnVpError, StateError, VpError,
-    VpHaltReason, VpIndex, VpThread,
+    VpHaltReason, VpIndex, VpState, VpThread,
 };
+use save_restore::{RestoreError, SaveError};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{RwLock, mpsc};
 
@@ -106,7 +108,7 @@ impl VpSet {
     pub async fn start(&self) -> Result<(), VpError> {
         let threads = self.threads.read().await;
         self.halted.iter().for_each(|mark| mark.store(NOT_HALTED, Ordering::Release));
-        let initial = self.take_initial();
+        let initial = self.initial().take();
         let states = std::iter::once(initial).chain(std::iter::repeat(None));
         let starts = threads.iter().zip(states).map(|(vp, initial)| start_vp(vp, initial));
         let started = join_all(starts).await;
@@ -135,13 +137,56 @@ impl VpSet {
         try_join_all(threads.iter().map(VpThread::reset)).await.map(drop)
     }
 
-    /// What VP 0 is to start with.
-    pub fn start_with(&self, state: InitialVpState) {
-        *self.initial.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    /// The state of all VPs, each read on its own thread. Refused while they run.
+    ///
+    /// A guest that is yet to start is saved with what VP 0 is to start with: where it goes on, there is nothing to load.
+    pub async fn save(&self) -> Result<VpSetState, SaveError> {
+        self.refuse_running().map_err(SaveError::not_supported)?;
+        let threads = self.threads.read().await;
+        let mut states = try_join_all(threads.iter().map(VpThread::save)).await?;
+        let initial = *self.initial();
+        if let (Some(first), Some(InitialVpState { registers, system_registers })) =
+            (states.first_mut(), initial)
+        {
+            (first.registers, first.system_registers) = (Some(registers), Some(system_registers));
+        }
+        Ok(VpSetState { vps: states.iter().map(Into::into).collect() })
     }
 
-    fn take_initial(&self) -> Option<InitialVpState> {
-        self.initial.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// Puts all VPs into a saved state, each on its own thread, so that the next start lets the guest go on from there. Refused
+    /// while they run. The whole state is checked before any VP is touched; what a VP refuses has changed it.
+    pub async fn restore(&self, state: VpSetState) -> Result<(), RestoreError> {
+        self.refuse_running().map_err(RestoreError::not_supported)?;
+        let VpSetState { vps } = state;
+        if vps.len() != self.count() {
+            let counts = format!("{} VPs where the machine has {}", vps.len(), self.count());
+            return Err(RestoreError::invalid("vps", counts));
+        }
+        let states = (0u32..)
+            .zip(vps)
+            .map(|(vp, state)| VpState::try_from(state).map_err(|error| error.in_child(format!("VP {vp}"))));
+        let states = states.collect::<Result<Vec<_>, RestoreError>>()?;
+        let threads = self.threads.read().await;
+        let restored = join_all(threads.iter().zip(states).map(|(vp, state)| vp.restore(state))).await;
+        restored.into_iter().collect::<Result<(), VpError>>()?;
+        *self.initial() = None;
+        self.halted.iter().for_each(|mark| mark.store(NOT_HALTED, Ordering::Release));
+        Ok(())
+    }
+
+    /// A VP that has halted by itself is stopped, and yet no state of it goes together with that of those that run on.
+    fn refuse_running(&self) -> Result<(), &'static str> {
+        if self.is_running() { Err("the VPs are running") } else { Ok(()) }
+    }
+
+    /// What VP 0 is to start with.
+    pub fn start_with(&self, state: InitialVpState) {
+        *self.initial() = Some(state);
+    }
+
+    /// A panic of another thread leaves it whole: it is only replaced.
+    fn initial(&self) -> MutexGuard<'_, Option<InitialVpState>> {
+        self.initial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What each VP is doing. A VP that runs leaves the guest for a moment to say so.

@@ -4,8 +4,9 @@
 //! moved to the thread that will run the VP and bound there, which yields a [`Processor`]. The processor enters the guest in
 //! [`Processor::run_vp`]; what the guest does to ports and memory-mapped registers reaches the VMM through [`CpuIo`].
 //!
-//! [`VpState`] and [`PartitionState`] are what there is to save, restore, compare and show, each from one numbered table. What
-//! a hypervisor cannot do is [`NotSupported`], or absent from its state.
+//! [`VpState`] and [`PartitionState`] are what there is to save, restore, compare and show, each from one numbered table.
+//! They travel as messages of the schema of saved state, into which and from which they are converted here. What a hypervisor
+//! cannot do is [`NotSupported`], or absent from its state.
 //!
 //! [`VpThread`] is the thread that a VP is bound to. [`scripted`] is a hypervisor that interprets scripts in guest memory,
 //! for tests of everything above this seam.

@@ -18,5 +18,15 @@ pub mod devices {
     pub mod serial;
 }
 
+/// The messages of the VPs and the partition.
+pub mod processor {
+    /// The partition.
+    #[rustfmt::skip]
+    pub mod partition; /// The VPs.
+    #[expect(missing_docs, reason = "the names of registers are the architecture's")]
+    #[rustfmt::skip]
+    pub mod vp;
+}
+
 #[rustfmt::skip]
 pub(crate) mod roots;

@@ -1,10 +1,10 @@
-//! The saved state of guestd's devices: its protobuf schema as generated code, and a registry of all of it.
+//! The saved state of guestd's devices, VPs and partition: its protobuf schema as generated code, and a registry of all of it.
 //!
 //! The `.proto` files stand beside this crate's manifest and are the format's documentation. A message is a type apart from
-//! the device's runtime type, and needs nothing of the device. The generated code is checked in; `tests/freshness.rs`
+//! the component's runtime type, and needs nothing of the component. The generated code is checked in; `tests/freshness.rs`
 //! compares it with what the compiler makes of the schema today, and `tests/frozen.rs` keeps what was released as it was.
 //!
-//! A message with the option `save_restore.saved_state_root` can be the whole state of a device: it is generated with
+//! A message with the option `save_restore.saved_state_root` can be the whole state of a component: it is generated with
 //! [`SavedStateRoot`](save_restore::SavedStateRoot). With the feature `registry` it is also listed in `saved_state_roots`, which
 //! reads a blob by the name that it carries; what only saves and restores does without:
 //!
@@ -23,7 +23,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Limits: values are not checked here; what a device accepts is decided by the device.
+//! Limits: values are not checked here; what a component accepts is decided by the component.
 
 mod generated;
 #[cfg(feature = "registry")]
@@ -31,6 +31,6 @@ mod registry;
 
 #[cfg(feature = "registry")]
 pub use generated::FILE_DESCRIPTOR_SET;
-pub use generated::devices;
+pub use generated::{devices, processor};
 #[cfg(feature = "registry")]
 pub use registry::{DescribeError, SavedStateRegistry, saved_state_roots};

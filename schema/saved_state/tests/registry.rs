@@ -4,6 +4,8 @@ use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
+use guest_saved_state::processor::partition::PartitionState;
+use guest_saved_state::processor::vp::VpSetState;
 use guest_saved_state::{DescribeError, saved_state_roots};
 use proptest::prelude::*;
 use prost::Message;
@@ -24,6 +26,8 @@ fn every_root_is_listed_by_its_name() {
         "devices.ioapic.IoApicState",
         "devices.rtc.RtcState",
         "devices.serial.SerialPortState",
+        "processor.partition.PartitionState",
+        "processor.vp.VpSetState",
         "save_restore.NoSavedState",
     ];
     assert_eq!(names, expected);
@@ -127,6 +131,8 @@ proptest! {
         read_as::<IoApicState>(&bytes)?;
         read_as::<RtcState>(&bytes)?;
         read_as::<SerialPortState>(&bytes)?;
+        read_as::<PartitionState>(&bytes)?;
+        read_as::<VpSetState>(&bytes)?;
         read_as::<NoSavedState>(&bytes)?;
     }
 

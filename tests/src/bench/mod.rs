@@ -129,6 +129,7 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         memory: MemoryConfig::of_bytes(MEMORY_BYTES),
         on_reset: OnReset::Stop,
         units: Vec::new(),
+        catch_up_time: false,
     })
 }
 

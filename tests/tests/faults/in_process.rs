@@ -83,6 +83,7 @@ fn config(kernel: u64) -> GuestConfig {
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        catch_up_time: false,
     }
 }
 

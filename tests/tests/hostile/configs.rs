@@ -48,6 +48,7 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: guest_schema::OnReset::Restart,
         units: Vec::new(),
+        catch_up_time: false,
     }
 }
 

@@ -253,6 +253,7 @@ fn config(kernel: Option<FileSource>) -> GuestConfig {
         memory: MemoryConfig::of_bytes(MEMORY),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        catch_up_time: false,
     }
 }
 

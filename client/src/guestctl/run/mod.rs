@@ -143,6 +143,7 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
         },
         on_reset: run.on_reset.into(),
         units: Vec::new(),
+        catch_up_time: run.catch_up_time,
     }
 }
 

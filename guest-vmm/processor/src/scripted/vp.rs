@@ -4,9 +4,9 @@ use super::ScriptedOptions;
 use super::instruction::{DecodeError, Instruction};
 use super::partition::{Mailbox, ScriptedPartition};
 use crate::{
-    AccessKind, AccessVpState, CpuIo, DebugState, HardwareBreakpoint, MpState, NotSupported, PowerRequest,
-    Processor, Registers, StopVp, SystemRegisters, VpFault, VpHaltReason, VpIndex, VpStateKind, Vtl,
-    run_guest,
+    AccessKind, AccessVpState, CpuIo, DebugState, HardwareBreakpoint, LOCAL_APIC_BYTES, LocalApic, MpState,
+    NotSupported, PowerRequest, Processor, Registers, StopVp, SystemRegisters, VpFault, VpHaltReason,
+    VpIndex, VpStateKind, Vtl, run_guest,
 };
 use inspect::{InspectMut, Request};
 use std::convert::Infallible;
@@ -329,6 +329,18 @@ impl Processor for ScriptedProcessor {
     }
 }
 
+/// IA32_APIC_BASE: where local APICs are, and that they are switched on.
+const APIC_BASE: u64 = 0xfee0_0800;
+const APIC_ID: usize = 0x20;
+/// A bitmap of vectors: 32 to a register, each in the first 4 of 16 bytes.
+const APIC_REQUESTED: usize = 0x200;
+
+/// Where in the local APIC's registers it is said that an interrupt is requested: the byte, and the bit in it.
+fn request_bit(vector: u8) -> (usize, u8) {
+    let vector = usize::from(vector);
+    (APIC_REQUESTED + vector / 32 * 16 + vector % 32 / 8, 1 << (vector % 8))
+}
+
 /// The state of a stopped scripted VP.
 pub struct ScriptedState<'a>(&'a mut ScriptedProcessor);
 
@@ -336,7 +348,8 @@ impl AccessVpState for ScriptedState<'_> {
     type Error = ScriptedError;
 
     fn supports(&self, kind: VpStateKind) -> bool {
-        matches!(kind, VpStateKind::Registers | VpStateKind::SystemRegisters | VpStateKind::MpState)
+        use VpStateKind::{LocalApic, MpState, Registers, SystemRegisters};
+        matches!(kind, SystemRegisters | Registers | LocalApic | MpState)
     }
 
     fn registers(&mut self) -> Result<Registers, ScriptedError> {
@@ -361,7 +374,34 @@ impl AccessVpState for ScriptedState<'_> {
         Ok(())
     }
 
+    /// Of the registers there are its ID and the interrupts that are requested.
+    fn local_apic(&mut self) -> Result<LocalApic, ScriptedError> {
+        let mut registers = Box::new([0; LOCAL_APIC_BYTES]);
+        registers[APIC_ID..][..4].copy_from_slice(&(self.0.vp.0 << 24).to_le_bytes());
+        for &vector in &self.0.mailbox().lock().interrupts {
+            let (byte, bit) = request_bit(vector);
+            registers[byte] |= bit;
+        }
+        Ok(LocalApic { base: APIC_BASE, registers })
+    }
+
+    fn set_local_apic(&mut self, value: &LocalApic) -> Result<(), ScriptedError> {
+        let requested = (0..=u8::MAX).filter(|vector| {
+            let (byte, bit) = request_bit(*vector);
+            value.registers[byte] & bit != 0
+        });
+        self.0.mailbox().lock().interrupts = requested.collect();
+        Ok(())
+    }
+
+    /// A start that the VP was told and has not looked at is taken by it first.
     fn mp_state(&mut self) -> Result<MpState, ScriptedError> {
+        let waits = self.0.mp_state == MpState::WaitForSipi;
+        let start = if waits { self.0.mailbox().lock().start.take() } else { None };
+        if let Some(target) = start {
+            self.0.registers.rip = target;
+            self.0.mp_state = MpState::Runnable;
+        }
         Ok(self.0.mp_state)
     }
 

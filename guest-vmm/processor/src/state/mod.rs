@@ -7,6 +7,7 @@ mod activity;
 mod apic;
 mod cpuid;
 mod registers;
+mod saved;
 mod table;
 mod time;
 

@@ -11,8 +11,8 @@ mod executor;
 mod task;
 
 use crate::{
-    BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, VpFault, VpHaltReason,
-    VpIndex, Vtl,
+    BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, StateAccessError, VpFault,
+    VpHaltReason, VpIndex, VpState, VpStateKind, Vtl,
 };
 use executor::{Wakeup, block_on};
 use futures::channel::{mpsc, oneshot};
@@ -53,6 +53,15 @@ pub enum VpError {
         /// What the hypervisor said.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The VP could not be saved or restored.
+    #[error("VP {vp} could not be saved or restored")]
+    States {
+        /// The VP.
+        vp: VpIndex,
+        /// Which of its states, and why.
+        #[source]
+        source: StateAccessError<VpStateKind>,
     },
 }
 
@@ -160,6 +169,18 @@ impl VpThread {
     /// Puts the stopped VP into the state in which its partition created it. [`Partition::reset`] comes first.
     pub async fn reset(&self) -> Result<(), VpError> {
         self.ask(Command::Reset).await?
+    }
+
+    /// The state of the stopped VP, everything that it had begun being complete.
+    pub async fn save(&self) -> Result<VpState, VpError> {
+        self.ask(Command::Save).await?
+    }
+
+    /// Puts the stopped VP into a saved state; what is not in it is as the partition created it. [`Partition::reset`] comes first.
+    ///
+    /// A state that the hypervisor lacks is refused. After an error the VP's state is unspecified.
+    pub async fn restore(&self, state: VpState) -> Result<(), VpError> {
+        self.ask(|answer| Command::Restore(Box::new(state), answer)).await?
     }
 
     /// Scrubs the stopped VP: see [`crate::Processor::scrub`]. [`Partition::scrub`] comes first.

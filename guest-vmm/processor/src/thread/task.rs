@@ -3,7 +3,8 @@
 use super::VpError;
 use super::executor::Wakeup;
 use crate::{
-    CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StopVpSource, VpHaltReason, VpIndex, Vtl,
+    CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StateAccessError, StopVpSource, VpHaltReason,
+    VpIndex, VpState, VpStateKind, Vtl,
 };
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
@@ -29,6 +30,8 @@ pub(super) enum Command {
     Start(Option<PrepareState>, oneshot::Sender<Result<(), VpError>>),
     Stop(oneshot::Sender<()>),
     Reset(oneshot::Sender<Result<(), VpError>>),
+    Save(oneshot::Sender<Result<VpState, VpError>>),
+    Restore(Box<VpState>, oneshot::Sender<Result<(), VpError>>),
     Scrub(Vtl, oneshot::Sender<Result<(), VpError>>),
     Debug(Option<DebugState>, oneshot::Sender<Result<(), VpError>>),
     Access(AccessState),
@@ -101,6 +104,8 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
                 let _ = answer.send(());
             }
             Command::Reset(answer) => drop(answer.send(self.reset())),
+            Command::Save(answer) => drop(answer.send(self.save())),
+            Command::Restore(state, answer) => drop(answer.send(self.restore(&state))),
             Command::Scrub(vtl, answer) => drop(answer.send(self.scrub(vtl))),
             Command::Debug(state, answer) => drop(answer.send(self.debug(state))),
             Command::Access(access) => self.access(access),
@@ -124,6 +129,29 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
         self.refuse_running()?;
         self.flush()?;
         self.processor.reset().map_err(|source| self.state_error(source))
+    }
+
+    fn save(&mut self) -> Result<VpState, VpError> {
+        self.refuse_running()?;
+        self.flush()?;
+        self.with_state(VpState::save)
+    }
+
+    /// After a reset: what the VP had begun, and was told, is no part of the state that it is put into.
+    fn restore(&mut self, state: &VpState) -> Result<(), VpError> {
+        self.reset()?;
+        self.with_state(|access| state.restore(access))
+    }
+
+    fn with_state<R>(
+        &mut self,
+        act: impl FnOnce(&mut dyn ErasedVpState) -> Result<R, StateAccessError<VpStateKind>>,
+    ) -> Result<R, VpError> {
+        let vp = self.vp;
+        match self.processor.access_state(Vtl::Vtl0) {
+            Ok(mut state) => act(&mut state).map_err(|source| VpError::States { vp, source }),
+            Err(source) => Err(VpError::State { vp, source: source.into() }),
+        }
     }
 
     fn scrub(&mut self, vtl: Vtl) -> Result<(), VpError> {

@@ -6,9 +6,11 @@ use futures::executor::block_on;
 use futures::future::BoxFuture;
 use processor::scripted::{SCRIPT_BASE, Script, ScriptedHypervisor, ScriptedOptions};
 use processor::{
-    CpuIo, Hypervisor, MpState, NewPartition, PartitionConfig, PowerRequest, Processor, Registers,
-    SpawnVpError, StopVpSource, VpError, VpGone, VpHaltReason, VpIndex, VpThread,
+    CpuIo, Hypervisor, MpState, MsiRequest, NewPartition, PartitionConfig, PowerRequest, Processor,
+    Registers, SpawnVpError, StateAccessError, StopVpSource, Tsc, VpError, VpGone, VpHaltReason, VpIndex,
+    VpState, VpStateKind, VpThread,
 };
+use save_restore::RestoreError;
 use std::ops::ControlFlow;
 use std::pin::pin;
 use std::sync::mpsc::{Sender, channel};
@@ -23,6 +25,8 @@ fn gone() -> VpGone {
 fn assert_gone(vp: &VpThread) {
     assert!(matches!(block_on(vp.start()), Err(VpError::Gone(g)) if g == gone()));
     assert!(matches!(block_on(vp.reset()), Err(VpError::Gone(_))));
+    assert!(matches!(block_on(vp.save()), Err(VpError::Gone(_))));
+    assert!(matches!(block_on(vp.restore(VpState::default())), Err(VpError::Gone(_))));
     assert!(matches!(block_on(vp.access(|_| ())), Err(VpError::Gone(_))));
     assert_eq!(block_on(vp.stop()), Err(gone()));
 }
@@ -48,6 +52,81 @@ fn a_vp_starts_stops_and_goes_on() {
     block_on(vp.start()).unwrap();
     guest.bus.expect("b");
     guest.assert_no_halt();
+}
+
+#[test]
+fn a_vp_is_saved_and_restored_with_what_it_was_told() {
+    let mut script = Script::new();
+    script.out(SERIAL, b"waiting").hlt().out_vector(SERIAL).spin();
+    let guest = Guest::with(&script, 2, ScriptedOptions::default());
+    guest.start();
+    guest.bus.expect("waiting");
+    while block_on(guest.vps[0].access(|s| s.mp_state().unwrap())).unwrap() != MpState::Halted {}
+    for vp in &guest.vps {
+        let running = [block_on(vp.save()).err(), block_on(vp.restore(VpState::default())).err()];
+        assert!(running.iter().all(|error| matches!(error, Some(VpError::Running { .. }))), "{running:?}");
+        block_on(vp.stop()).unwrap();
+    }
+    guest.partition.signal_msi(MsiRequest { address: 0xfee0_0000, data: b'!'.into() }).unwrap();
+    let states = [0, 1].map(|n| block_on(guest.vps[n].save()).unwrap());
+    assert_eq!(
+        states.each_ref().map(|state| state.mp_state),
+        [MpState::Halted, MpState::WaitForSipi].map(Some)
+    );
+
+    let other = Guest::with(&script, 2, ScriptedOptions::default());
+    // Neither what a VP was told nor where it stood is left of what it was before.
+    other.partition.signal_msi(MsiRequest { address: 0xfee0_0000, data: b'?'.into() }).unwrap();
+    for (vp, state) in other.vps.iter().zip(&states) {
+        block_on(vp.restore(state.clone())).unwrap();
+        assert_eq!(&block_on(vp.save()).unwrap(), state);
+    }
+    other.start();
+    other.bus.expect("!");
+    assert_eq!(other.bus.output(), "");
+}
+
+#[test]
+fn a_start_that_a_vp_was_told_is_saved() {
+    let mut script = Script::new();
+    let started = script.here();
+    script.out(SERIAL, b"started").spin();
+    let entry = script.here();
+    script.start_vp(VpIndex(1), started).out(SERIAL, b"told").spin();
+    let guest = Guest::with(&script, 2, ScriptedOptions::default());
+    let at_entry = Registers { rip: entry.address(), ..Registers::default() };
+    let set = guest.vps[0].start_from(move |state| state.set_registers(&at_entry));
+    block_on(set).unwrap();
+    guest.bus.expect("told");
+    let state = block_on(guest.vps[1].save()).unwrap();
+    assert_eq!(state.mp_state, Some(MpState::Runnable));
+    let other = Guest::with(&script, 2, ScriptedOptions::default());
+    block_on(other.vps[1].restore(state)).unwrap();
+    block_on(other.vps[1].start()).unwrap();
+    other.bus.expect("started");
+}
+
+#[test]
+fn a_state_that_the_hypervisor_lacks_is_refused_by_name_and_so_is_one_that_cannot_be_set() {
+    let guest = Guest::new(&ready_and_spin());
+    let state = block_on(guest.vps[0].save()).unwrap();
+    let lacking = VpState { tsc: Some(Tsc::default()), ..state.clone() };
+    let refused = RestoreError::from(block_on(guest.vps[0].restore(lacking)).unwrap_err());
+    assert_eq!(refused.to_string(), "VP 0 could not be restored");
+    let source = std::error::Error::source(&refused).expect("why");
+    assert_eq!(source.to_string(), "restoring is not supported: this host lacks the state tsc");
+
+    let options = ScriptedOptions { fail_set_registers: Some(VP), ..ScriptedOptions::default() };
+    let memory = memory(&ready_and_spin());
+    let new = ScriptedHypervisor { options }.build(&PartitionConfig::new(1, memory)).unwrap();
+    let NewPartition { partition, mut processors } = new;
+    let bus = Arc::new(Bus::default());
+    let vp = VpThread::spawn(VP, processors.remove(0), partition, bus, |_, _| ());
+    let failed = block_on(block_on(vp).unwrap().restore(state)).unwrap_err();
+    let VpError::States { source: StateAccessError::Set { kind: VpStateKind::Registers, .. }, .. } = failed
+    else {
+        panic!("{failed:?}")
+    };
 }
 
 #[test]
