@@ -3,6 +3,7 @@
 //! A module per command or kind of commands (`run`, `demo`, `guests`, `look`), and what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
+mod cpus;
 mod demo;
 mod ending;
 mod guests;

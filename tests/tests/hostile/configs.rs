@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use guest_schema::config_capnp::{KernelType, OnReset, guest_config};
 use guest_schema::guest_capnp::guest_lifecycle::create_params;
-use guest_schema::{Failure, FileSource, GuestConfig, GuestError, MemoryConfig};
+use guest_schema::{Failure, FileSource, GuestConfig, GuestError, MemoryConfig, VpAffinity};
 use guest_tests::bare::Bare;
 use guest_tests::requirements::trial;
 use guest_tests::stage::{
@@ -45,6 +45,8 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         ramdisk: None,
         cmdline: String::new(),
         cpus: 1,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: guest_schema::OnReset::Restart,
         units: Vec::new(),
