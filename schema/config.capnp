@@ -36,9 +36,45 @@ struct GuestConfig {
   wayland @15 :Bool;
   magma @16 :Bool;
 
-  catchUpTime @17 :Bool;
+  affinity :union {
+    # On which of the host's CPUs each VP's thread may run. CPUs are numbered as in /proc/cpuinfo; one that is named twice counts
+    # once. One that the VMM itself may not use (sched_setaffinity(2), cpuset(7)) is badConfig. More VPs than CPUs take turns.
+
+    any @17 :Void;
+    # Every VP wherever the VMM may run.
+    all @18 :List(UInt32);
+    # Every VP on these; if there are none, on any.
+    each @19 :List(List(UInt32));
+    # VP n on those of the nth list. An empty list, and none for a VP, means any. More lists than `cpus` are badConfig.
+  }
+  cpuidMask @20 :List(CpuidMask);
+  # What the host's CPU has and the VPs are not to see. At most 1024.
+
+  catchUpTime @21 :Bool;
   # Time that passed while the guest was paused or saved shows in its clocks, which jump when it goes on. Otherwise they go on from
   # where they were, unless the host's KVM has no time-stamp counter for guests but its own.
+}
+
+struct CpuidMask {
+  # Bits that are cleared in what CPUID answers every VP. A mask only takes away; several of one leaf add up. A leaf or subleaf that
+  # the host does not have has nothing to clear, so that one mask serves unlike hosts. What a host's KVM insists on because it cannot
+  # keep it from a guest stays visible. What tells a VP its place among the VPs
+  # (leaves 0xb, 0x1f and 0x8000001e, the counts and IDs in 0x1, 0x4, 0x80000008 and 0x8000001d) cannot be hidden.
+
+  leaf @0 :UInt32;
+  # EAX when CPUID is executed.
+  subleaf :union {
+    # ECX when CPUID is executed.
+    all @1 :Void;
+    # Whatever it is.
+    only @2 :UInt32;
+    # This one. A leaf without subleaves has subleaf 0.
+  }
+  eax @3 :UInt32;
+  # The bits to clear, in each register of the answer.
+  ebx @4 :UInt32;
+  ecx @5 :UInt32;
+  edx @6 :UInt32;
 }
 
 struct BootSource {

@@ -10,7 +10,7 @@
 //! be made at once. So a whole life goes out in one flight, without one wait:
 //!
 //! ```no_run
-//! # use guest_client::{GuestConfig, Host, MemoryConfig, OnReset, SerialChunk};
+//! # use guest_client::{GuestConfig, Host, MemoryConfig, OnReset, SerialChunk, VpAffinity};
 //! # async fn boot(host: &Host, kernel: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
 //! let launched = host.launch("")?;
 //! let lifecycle = launched.lifecycle;
@@ -19,6 +19,8 @@
 //!     ramdisk: None,
 //!     cmdline: "console=ttyS0".into(),
 //!     cpus: 1,
+//!     affinity: VpAffinity::Any,
+//!     cpuid_mask: Vec::new(),
 //!     memory: MemoryConfig::of_bytes(128 << 20),
 //!     on_reset: OnReset::Restart,
 //!     units: Vec::new(),
@@ -57,9 +59,9 @@ pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, LossPolicy,
+    CpuidMask, Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, LossPolicy,
     MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, StepOutcome, Transition, TransitionEnd,
-    UnitConfig, UnitStatus, UnitStep, VpState,
+    UnitConfig, UnitStatus, UnitStep, VpAffinity, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

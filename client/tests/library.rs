@@ -7,7 +7,7 @@ use capnp_rpc::rpc_capnp::{call, message};
 use fake::{HostServer, Machine};
 use guest_client::{
     Callback, ClientError, ConnectError, Exit, GuestConfig, GuestError, Host, MemoryConfig, OnReset, Outcome,
-    Phase, SerialChunk, VpState,
+    Phase, SerialChunk, VpAffinity, VpState,
 };
 use guest_schema::common_capnp::byte_stream;
 use guest_schema::guest_capnp::{guest, guest_lifecycle};
@@ -35,6 +35,8 @@ fn config(kernel: Option<guest_client::FileSource>, cpus: u32) -> GuestConfig {
         ramdisk: None,
         cmdline: String::new(),
         cpus,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(1 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),

@@ -3,15 +3,32 @@
 use crate::client_units;
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
-use guest_schema::{ConfigFault, Failure, FileSource, GuestConfig, GuestError, OnReset, ReadConfig};
+use guest_schema::{
+    ConfigFault, Failure, FileSource, GuestConfig, GuestError, OnReset, ReadConfig, VpAffinity,
+};
 use guest_transport::Descriptors;
 use machine::layout::COMMAND_LINE;
 use machine::memory::MINIMUM_BYTES;
+use processor::{CpuidMask, HostCpus};
 use rustix::fs::FileType;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
 /// The longest command line, in bytes, without the NUL behind it.
 const MAX_CMDLINE: u64 = COMMAND_LINE.end - COMMAND_LINE.start - 1;
+
+/// The most masks of CPUID: many times what a CPU has leaves.
+const MAX_CPUID_MASKS: usize = 1024;
+
+/// What the host has for guests.
+pub(crate) struct HostLimits {
+    /// The most VPs of a guest.
+    pub max_vps: u32,
+    /// The host's memory.
+    pub memory_bytes: u64,
+    /// The CPUs that the VMM may use.
+    pub cpus: HostCpus,
+}
 
 /// Where a file comes from, its descriptor in hand.
 pub(crate) enum Source {
@@ -52,9 +69,9 @@ impl RequestedGuest {
     }
 
     /// Holds the config to its limits: one failure lists every fault.
-    pub fn check(&self, max_vps: u32, host_bytes: u64) -> Result<(), Failure> {
+    pub fn check(&self, limits: &HostLimits) -> Result<(), Failure> {
         let mut faults = self.faults.clone();
-        faults.extend(limit_faults(&self.config, max_vps, host_bytes));
+        faults.extend(limit_faults(&self.config, limits));
         refused(&faults).map_or(Ok(()), Err)
     }
 }
@@ -75,7 +92,27 @@ fn regular_file(descriptors: &Descriptors, number: u64) -> Result<OwnedFd, Strin
     }
 }
 
-fn limit_faults(config: &GuestConfig, max_vps: u32, host_bytes: u64) -> Vec<ConfigFault> {
+/// The host's CPUs of each VP, as far as the config names any.
+pub(crate) fn vp_cpus(config: &GuestConfig) -> Vec<Option<HostCpus>> {
+    let cpus = |vp| Some(config.affinity.of_vp(vp)?.iter().copied().collect());
+    (0..config.cpus as usize).map(cpus).collect()
+}
+
+/// The masks as processors have them.
+pub(crate) fn cpuid_masks(masks: &[guest_schema::CpuidMask]) -> Vec<CpuidMask> {
+    let convert = |&guest_schema::CpuidMask { leaf, subleaf, eax, ebx, ecx, edx }| CpuidMask {
+        function: leaf,
+        index: subleaf,
+        eax,
+        ebx,
+        ecx,
+        edx,
+    };
+    masks.iter().map(convert).collect()
+}
+
+fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
+    let &HostLimits { max_vps, memory_bytes: host_bytes, cpus: _ } = limits;
     let mut faults = Vec::new();
     let mut fault = |field: &str, problem: String| faults.push(ConfigFault::new(field, problem));
     if config.kernel.is_none() {
@@ -83,6 +120,10 @@ fn limit_faults(config: &GuestConfig, max_vps: u32, host_bytes: u64) -> Vec<Conf
     }
     if config.cpus == 0 || config.cpus > max_vps {
         fault("cpus", format!("{} is not from 1 to {max_vps}", config.cpus));
+    }
+    let masks = config.cpuid_mask.len();
+    if masks > MAX_CPUID_MASKS {
+        fault("cpuidMask", format!("{masks} entries are more than {MAX_CPUID_MASKS}"));
     }
     let bytes = config.memory.bytes;
     if bytes < MINIMUM_BYTES {
@@ -97,8 +138,34 @@ fn limit_faults(config: &GuestConfig, max_vps: u32, host_bytes: u64) -> Vec<Conf
     if let Some(position) = cmdline.find('\0') {
         fault("source.boot.cmdline", format!("there is a NUL at byte {position}"));
     }
+    faults.extend(affinity_faults(config, limits));
     faults.extend(client_units::faults(&config.units));
     faults
+}
+
+/// One fault a list, of the first CPU there that the VMM may not use.
+fn affinity_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
+    let HostLimits { max_vps, cpus: allowed, .. } = limits;
+    let fault = |field: String, cpus: &BTreeSet<u32>| {
+        let cpu = cpus.iter().find(|cpu| !allowed.contains(**cpu))?;
+        Some(ConfigFault::new(
+            field,
+            format!("host CPU {cpu} is none of those that the VMM may use, {allowed}"),
+        ))
+    };
+    match &config.affinity {
+        VpAffinity::Any => Vec::new(),
+        VpAffinity::All(cpus) => fault("affinity.all".into(), cpus).into_iter().collect(),
+        VpAffinity::Each(sets) if sets.len() > config.cpus as usize => {
+            let problem = format!("{} lists are more than the {} VPs", sets.len(), config.cpus);
+            vec![ConfigFault::new("affinity.each", problem)]
+        }
+        VpAffinity::Each(sets) => {
+            let faults = |(vp, cpus)| fault(format!("affinity.each[{vp}]"), cpus);
+            // `cpus` may be as wrong.
+            sets.iter().take(*max_vps as usize).enumerate().filter_map(faults).collect()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -112,6 +179,8 @@ mod tests {
             ramdisk: None,
             cmdline: String::new(),
             cpus: 1,
+            affinity: VpAffinity::Any,
+            cpuid_mask: Vec::new(),
             memory: MemoryConfig::of_bytes(1 << 20),
             on_reset: OnReset::Restart,
             units: Vec::new(),
@@ -119,11 +188,16 @@ mod tests {
         }
     }
 
+    /// Of a host whose CPUs 0, 1 and 3 are the VMM's.
+    fn limits(max_vps: u32, memory_bytes: u64) -> HostLimits {
+        HostLimits { max_vps, memory_bytes, cpus: HostCpus::from_iter([0, 1, 3]) }
+    }
+
     #[test]
     fn the_limits_themselves_are_allowed() {
-        assert_eq!(limit_faults(&config(), 1, 1 << 20), []);
+        assert_eq!(limit_faults(&config(), &limits(1, 1 << 20)), []);
         let most = GuestConfig { cpus: 8, cmdline: "x".repeat(65535), ..config() };
-        assert_eq!(limit_faults(&most, 8, 1 << 30), []);
+        assert_eq!(limit_faults(&most, &limits(8, 1 << 30)), []);
     }
 
     #[test]
@@ -135,7 +209,8 @@ mod tests {
             cmdline: format!("a\0{}", "x".repeat(65536)),
             ..config()
         };
-        let faults: Vec<String> = limit_faults(&bad, 8, 1 << 30).iter().map(ToString::to_string).collect();
+        let faults: Vec<String> =
+            limit_faults(&bad, &limits(8, 1 << 30)).iter().map(ToString::to_string).collect();
         assert_eq!(
             faults,
             [
@@ -147,10 +222,53 @@ mod tests {
             ]
         );
         let large = GuestConfig { cpus: 9, memory: MemoryConfig::of_bytes(1 << 40), ..config() };
-        let faults: Vec<String> = limit_faults(&large, 8, 1 << 30).iter().map(ToString::to_string).collect();
+        let faults: Vec<String> =
+            limit_faults(&large, &limits(8, 1 << 30)).iter().map(ToString::to_string).collect();
         assert_eq!(
             faults,
             ["cpus: 9 is not from 1 to 8", "memory.bytes: 1099511627776 is more than the host's 1073741824"]
         );
+    }
+
+    #[test]
+    fn vps_are_given_only_cpus_that_the_vmm_has() {
+        let faults = |cpus, affinity| {
+            let config = GuestConfig { cpus, affinity, ..config() };
+            let faults = limit_faults(&config, &limits(8, 1 << 30));
+            faults.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let none: [&str; 0] = [];
+        assert_eq!(faults(1, VpAffinity::All([0, 1, 3].into())), none);
+        assert_eq!(faults(3, VpAffinity::Each(vec![BTreeSet::new(), [3].into()])), none);
+        assert_eq!(
+            faults(1, VpAffinity::All([1, 2, 4].into())),
+            ["affinity.all: host CPU 2 is none of those that the VMM may use, 0-1,3"]
+        );
+        assert_eq!(
+            faults(3, VpAffinity::Each(vec![[7].into(), [0].into(), [0, u32::MAX].into()])),
+            [
+                "affinity.each[0]: host CPU 7 is none of those that the VMM may use, 0-1,3",
+                "affinity.each[2]: host CPU 4294967295 is none of those that the VMM may use, 0-1,3",
+            ]
+        );
+        let many = VpAffinity::Each(vec![[7].into(); 3]);
+        assert_eq!(faults(2, many), ["affinity.each: 3 lists are more than the 2 VPs"]);
+    }
+
+    #[test]
+    fn each_vp_gets_its_own_cpus() {
+        let cpus = |affinity| vp_cpus(&GuestConfig { cpus: 3, affinity, ..config() });
+        let one = |cpu| Some(HostCpus::from_iter([cpu]));
+        assert_eq!(cpus(VpAffinity::Any), [None, None, None]);
+        assert_eq!(cpus(VpAffinity::All([1].into())), [one(1), one(1), one(1)]);
+        assert_eq!(cpus(VpAffinity::Each(vec![[1].into(), BTreeSet::new()])), [one(1), None, None]);
+    }
+
+    #[test]
+    fn masks_are_bounded() {
+        let masks = |count| GuestConfig { cpuid_mask: vec![Default::default(); count], ..config() };
+        assert_eq!(limit_faults(&masks(1024), &limits(8, 1 << 30)), []);
+        let faults = limit_faults(&masks(1025), &limits(8, 1 << 30));
+        assert_eq!(faults[0].to_string(), "cpuidMask: 1025 entries are more than 1024");
     }
 }

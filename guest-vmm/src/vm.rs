@@ -1,7 +1,7 @@
 //! The VM as the driver has it: made from a config, moved between its states, taken down.
 
 use crate::client_units::ClientUnits;
-use crate::config::RequestedGuest;
+use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
 use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
@@ -11,7 +11,7 @@ use crate::settings::Settings;
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
-use processor::{TimePolicy, VpHaltReason, VpIndex};
+use processor::{HostCpus, TimePolicy, VpHaltReason, VpIndex};
 use state_unit::StateTransitionError;
 use std::error::Error;
 use std::rc::Rc;
@@ -64,7 +64,8 @@ impl Vm {
         cancel: &Cancel,
     ) -> Result<Self, Failure> {
         let max_vps = host.max_vps().await.map_err(|error| initialization(&error))?;
-        requested.check(max_vps, host_memory_bytes())?;
+        let limits = HostLimits { max_vps, memory_bytes: host_memory_bytes(), cpus: own_cpus()? };
+        requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
         let config = tokio::select! {
@@ -202,6 +203,8 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
     };
     Ok(MachineConfig {
         vps: config.cpus,
+        affinity: vp_cpus(&config),
+        cpuid_mask: cpuid_masks(&config.cpuid_mask),
         time: if config.catch_up_time { TimePolicy::CatchUp } else { TimePolicy::Hidden },
         memory_bytes: config.memory.bytes,
         memory: MemoryOptions {
@@ -217,6 +220,14 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
 /// What a create answers that a stop has cancelled.
 pub(crate) fn cancelled() -> Failure {
     Failure::new(GuestError::ControllerForcedHalt, "stop came before create had finished")
+}
+
+/// The CPUs of the thread that the VPs' threads come from.
+fn own_cpus() -> Result<HostCpus, Failure> {
+    HostCpus::of_this_thread().map_err(|error| {
+        let detail = format!("the host's CPUs are not to be had: {error}");
+        Failure::new(GuestError::GuestInitializationFailure, detail)
+    })
 }
 
 fn initialization(error: &dyn Error) -> Failure {

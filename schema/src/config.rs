@@ -4,6 +4,7 @@ use crate::common_capnp::{file, file_source};
 use crate::config_capnp as wire;
 use crate::failure::lossy;
 use crate::units::UnitConfig;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// One fault of a config: the field, and what is wrong with its value.
@@ -84,6 +85,44 @@ impl MemoryConfig {
     }
 }
 
+/// On which of the host's CPUs each VP's thread may run, by their numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum VpAffinity {
+    /// Every VP wherever the VMM may run.
+    #[default]
+    Any,
+    /// Every VP on these; if there are none, on any.
+    All(BTreeSet<u32>),
+    /// Each VP, in order, on those of its own set. An empty set, and none for a VP, means any.
+    Each(Vec<BTreeSet<u32>>),
+}
+
+impl VpAffinity {
+    /// The CPUs of this VP; `None` for any.
+    pub fn of_vp(&self, vp: usize) -> Option<&BTreeSet<u32>> {
+        let cpus = match self {
+            Self::Any => None,
+            Self::All(cpus) => Some(cpus),
+            Self::Each(sets) => sets.get(vp),
+        };
+        cpus.filter(|cpus| !cpus.is_empty())
+    }
+}
+
+/// Bits that are cleared in what CPUID answers every VP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the names of the registers are the architecture's")]
+pub struct CpuidMask {
+    /// EAX when CPUID is executed.
+    pub leaf: u32,
+    /// ECX when CPUID is executed; `None` for whatever it is.
+    pub subleaf: Option<u32>,
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+}
+
 /// What a guest is made of.
 #[derive(Debug, Clone)]
 pub struct GuestConfig {
@@ -95,6 +134,10 @@ pub struct GuestConfig {
     pub cmdline: String,
     /// How many VPs.
     pub cpus: u32,
+    /// On which of the host's CPUs they run.
+    pub affinity: VpAffinity,
+    /// What of the host's CPU they are not to see.
+    pub cpuid_mask: Vec<CpuidMask>,
     /// The memory.
     pub memory: MemoryConfig,
     /// What a reset by the guest itself does.
@@ -150,8 +193,18 @@ impl GuestConfig {
             lock: memory.get_lock(),
         };
         let units = UnitConfig::read_all(reader.get_units()?, &mut faults)?;
-        let (cpus, catch_up_time) = (reader.get_cpus(), reader.get_catch_up_time());
-        let config = Self { kernel, ramdisk, cmdline, cpus, memory, on_reset, units, catch_up_time };
+        let config = Self {
+            kernel,
+            ramdisk,
+            cmdline,
+            cpus: reader.get_cpus(),
+            affinity: read_affinity(reader.get_affinity(), &mut faults)?,
+            cpuid_mask: read_cpuid_mask(reader.get_cpuid_mask()?, &mut faults),
+            memory,
+            on_reset,
+            units,
+            catch_up_time: reader.get_catch_up_time(),
+        };
         Ok(ReadConfig { config, faults })
     }
 
@@ -163,6 +216,9 @@ impl GuestConfig {
         write_file(self.ramdisk.as_ref(), boot.reborrow().init_ramdisk());
         boot.set_cmdline(&self.cmdline[..]);
         builder.set_cpus(self.cpus);
+        write_affinity(&self.affinity, builder.reborrow().init_affinity());
+        let length = u32::try_from(self.cpuid_mask.len()).expect("a list of 32 bits' length");
+        write_cpuid_mask(&self.cpuid_mask, builder.reborrow().init_cpuid_mask(length));
         let mut memory = builder.reborrow().init_memory();
         memory.set_bytes(self.memory.bytes);
         memory.set_huge_pages(self.memory.huge_pages);
@@ -203,6 +259,85 @@ fn read_boot(reader: wire::boot_source::Reader<'_>, faults: &mut Vec<ConfigFault
         cmdline.push_str(&utf8(addition?, "source.boot.cmdlineAdd", faults));
     }
     Ok((kernel, ramdisk, cmdline))
+}
+
+fn read_affinity(
+    reader: wire::guest_config::affinity::Reader<'_>,
+    faults: &mut Vec<ConfigFault>,
+) -> capnp::Result<VpAffinity> {
+    Ok(match reader.which() {
+        Ok(wire::guest_config::affinity::Any(())) => VpAffinity::Any,
+        Ok(wire::guest_config::affinity::All(cpus)) => VpAffinity::All(cpus?.iter().collect()),
+        Ok(wire::guest_config::affinity::Each(sets)) => {
+            let sets = sets?.iter().map(|cpus| Ok(cpus?.iter().collect()));
+            VpAffinity::Each(sets.collect::<capnp::Result<_>>()?)
+        }
+        Err(unknown) => {
+            faults.push(ConfigFault::new("affinity", format!("unknown kind {}", unknown.0)));
+            VpAffinity::Any
+        }
+    })
+}
+
+fn write_affinity(affinity: &VpAffinity, mut builder: wire::guest_config::affinity::Builder<'_>) {
+    fn fill(cpus: &BTreeSet<u32>, mut list: capnp::primitive_list::Builder<'_, u32>) {
+        (0..).zip(cpus).for_each(|(index, cpu)| list.set(index, *cpu));
+    }
+    let length = |length: usize| u32::try_from(length).expect("a list of 32 bits' length");
+    match affinity {
+        VpAffinity::Any => builder.set_any(()),
+        VpAffinity::All(cpus) => fill(cpus, builder.init_all(length(cpus.len()))),
+        VpAffinity::Each(sets) => {
+            let mut lists = builder.init_each(length(sets.len()));
+            for (index, cpus) in (0..).zip(sets) {
+                fill(cpus, lists.reborrow().init(index, length(cpus.len())));
+            }
+        }
+    }
+}
+
+fn read_cpuid_mask(
+    reader: capnp::struct_list::Reader<'_, wire::cpuid_mask::Owned>,
+    faults: &mut Vec<ConfigFault>,
+) -> Vec<CpuidMask> {
+    let mut read = |(index, mask): (usize, wire::cpuid_mask::Reader<'_>)| {
+        let subleaf = match mask.get_subleaf().which() {
+            Ok(wire::cpuid_mask::subleaf::All(())) => None,
+            Ok(wire::cpuid_mask::subleaf::Only(subleaf)) => Some(subleaf),
+            Err(unknown) => {
+                let field = format!("cpuidMask[{index}].subleaf");
+                faults.push(ConfigFault::new(field, format!("unknown kind {}", unknown.0)));
+                None
+            }
+        };
+        CpuidMask {
+            leaf: mask.get_leaf(),
+            subleaf,
+            eax: mask.get_eax(),
+            ebx: mask.get_ebx(),
+            ecx: mask.get_ecx(),
+            edx: mask.get_edx(),
+        }
+    };
+    reader.iter().enumerate().map(&mut read).collect()
+}
+
+fn write_cpuid_mask(
+    masks: &[CpuidMask],
+    mut builder: capnp::struct_list::Builder<'_, wire::cpuid_mask::Owned>,
+) {
+    for (index, &CpuidMask { leaf, subleaf, eax, ebx, ecx, edx }) in (0..).zip(masks) {
+        let mut mask = builder.reborrow().get(index);
+        mask.set_leaf(leaf);
+        match subleaf {
+            None => mask.reborrow().init_subleaf().set_all(()),
+            Some(subleaf) => mask.reborrow().init_subleaf().set_only(subleaf),
+        }
+        mask.set_eax(eax);
+        mask.set_ebx(ebx);
+        mask.set_ecx(ecx);
+        mask.set_edx(edx);
+    }
 }
 
 fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault>) -> String {
@@ -276,6 +411,11 @@ mod tests {
             ramdisk: None,
             cmdline: "console=ttyS0".into(),
             cpus: 4,
+            affinity: VpAffinity::Each(vec![[0, 3].into(), BTreeSet::new(), [1].into()]),
+            cpuid_mask: vec![
+                CpuidMask { leaf: 7, subleaf: Some(0), ebx: 1 << 5, ..CpuidMask::default() },
+                CpuidMask { leaf: 0x8000_0001, eax: 1, ebx: 2, ecx: 3, edx: u32::MAX, subleaf: None },
+            ],
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
             units: Vec::new(),
@@ -284,6 +424,23 @@ mod tests {
         let read = message(|builder| config.write(builder));
         assert!(read.faults.is_empty(), "{:?}", read.faults);
         assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
+        let config = GuestConfig { affinity: VpAffinity::All([5].into()), ..config };
+        assert_eq!(message(|builder| config.write(builder)).config.affinity, config.affinity);
+    }
+
+    #[test]
+    fn an_older_clients_config_asks_for_nothing_new() {
+        let config = message(|builder| drop(builder.get_source().init_boot())).config;
+        assert_eq!((config.affinity, config.cpuid_mask), (VpAffinity::Any, Vec::new()));
+    }
+
+    #[test]
+    fn a_vp_without_cpus_of_its_own_may_run_on_any() {
+        assert_eq!(VpAffinity::Any.of_vp(0), None);
+        assert_eq!(VpAffinity::All(BTreeSet::new()).of_vp(0), None);
+        assert_eq!(VpAffinity::All([2].into()).of_vp(77), Some(&[2].into()));
+        let each = VpAffinity::Each(vec![BTreeSet::new(), [1].into()]);
+        assert_eq!([0, 1, 2].map(|vp| each.of_vp(vp)), [None, Some(&[1].into()), None]);
     }
 
     #[test]

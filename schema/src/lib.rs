@@ -13,7 +13,9 @@ mod state;
 mod timeline;
 mod units;
 
-pub use config::{ConfigFault, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig};
+pub use config::{
+    ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
+};
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};

@@ -2,6 +2,7 @@
 //!
 //! Limit: a count is a moment's; wait for the expected one (see [`crate::wait`]).
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -20,6 +21,21 @@ pub fn threads(pid: u32) -> io::Result<usize> {
 /// As [`threads`].
 pub fn open_files(pid: u32) -> io::Result<usize> {
     entries(pid, "fd")
+}
+
+/// The threads of process `pid` by their names, each with the host's CPUs on which it may run, as the kernel writes them: `0-3,6`.
+/// One that ends meanwhile is left out; of several with one name there is one.
+///
+/// # Errors
+/// As [`threads`].
+pub fn thread_affinities(pid: u32) -> io::Result<BTreeMap<String, String>> {
+    let tasks = fs::read_dir(file(pid, "task"))?.filter_map(Result::ok);
+    let affinity = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).ok()?;
+        let field = |name| Some(status.lines().find_map(|line| line.strip_prefix(name))?.trim().to_owned());
+        Some((field("Name:")?, field("Cpus_allowed_list:")?))
+    };
+    Ok(tasks.filter_map(affinity).collect())
 }
 
 /// The bytes of memory that process `pid` has resident, shared pages included.
@@ -122,6 +138,9 @@ mod tests {
             shell("echo ready; read line; exec 7</dev/null; echo open; sleep 1000; true", Stdin::Piped);
         process.stdout().contains("ready", LONG).unwrap();
         assert_eq!(threads(process.pid()).unwrap(), 1);
+        let affinities = thread_affinities(process.pid()).unwrap();
+        let own = thread_affinities(std::process::id()).unwrap();
+        assert_eq!(affinities["sh"], *own.values().next().unwrap(), "a child is where its parent is");
         // It inherits what this process was given open, so only the difference is certain.
         let before = open_files(process.pid()).unwrap();
         process.stdin().unwrap().write_all(b"go on\n").unwrap();

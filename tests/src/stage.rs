@@ -6,7 +6,7 @@ use std::io::Write;
 
 use anyhow::{Context, anyhow};
 use guest_client::{ByteStream, ClientError, Guest, GuestExit, Host, Launched, Lifecycle};
-use guest_schema::{GuestConfig, GuestError, MemoryConfig, OnReset};
+use guest_schema::{GuestConfig, GuestError, MemoryConfig, OnReset, VpAffinity};
 use processor::scripted::Script;
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -184,6 +184,8 @@ impl Player {
             ramdisk: None,
             cmdline: String::new(),
             cpus: 1,
+            affinity: VpAffinity::Any,
+            cpuid_mask: Vec::new(),
             memory: MemoryConfig::of_bytes(16 << 20),
             on_reset: OnReset::Restart,
             units: Vec::new(),

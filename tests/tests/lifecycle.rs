@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use guest_client::{ClientError, Event, EventKind, Observer, Rendering, StepOutcome, UnitConfig};
 use guest_schema::{
-    Failure, FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpState,
+    Failure, FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpAffinity, VpState,
 };
 use guest_tests::console::Console;
 use guest_tests::requirements::{Requirement, run, trial};
@@ -338,6 +338,8 @@ async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
         ramdisk: None,
         cmdline: "x".repeat(70_000),
         cpus: 100_000,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(0),
         on_reset: OnReset::Restart,
         units: Vec::new(),
@@ -375,6 +377,8 @@ fn endless_config() -> GuestConfig {
         ramdisk: None,
         cmdline: String::new(),
         cpus: 1,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),

@@ -4,6 +4,7 @@
 //! what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
+mod cpus;
 mod demo;
 mod dump;
 mod ending;

@@ -1,9 +1,9 @@
 //! The command line.
 
-use crate::size;
+use crate::{cpus, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use guest_client::OnReset;
+use guest_client::{CpuidMask, OnReset, VpAffinity};
 use std::path::PathBuf;
 
 const EXAMPLES: &str = "\
@@ -241,6 +241,7 @@ the guest then goes on. The command ends when the guest has ended and all its ou
 
 Examples:
   guestctl run --memory 64M --cpus 4
+  guestctl run --cpus 2 --cpu-affinity 0=0,1=1 --cpuid-mask 7.0:ebx=0x20    (a VP a CPU, and no AVX2)
   printf 'memory\\npoweroff\\n' | guestctl run --json
   guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'";
 
@@ -269,6 +270,12 @@ pub struct Run {
     /// How many virtual processors
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
+    /// The host's CPUs that virtual processors run on: 0-1,4 for all of them, 0=0,1=2-3 for VP 0 and VP 1 [default: any]
+    #[arg(long, value_name = "LIST", value_parser = cpus::affinity)]
+    pub cpu_affinity: Option<VpAffinity>,
+    /// Features of the host's CPU to hide, as bits of CPUID: LEAF[.SUBLEAF]:REGISTER=BITS[,REGISTER=BITS]; may be given again
+    #[arg(long, value_name = "MASK", value_parser = cpus::cpuid_mask)]
+    pub cpuid_mask: Vec<CpuidMask>,
     /// The guest's memory: 256M, 1G, or bytes
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size::parse)]
     pub memory: u64,
@@ -359,6 +366,15 @@ mod tests {
     }
 
     #[test]
+    fn run_takes_cpus_and_masks() {
+        let run = run(&["--cpu-affinity=0=0,1=2-3", "--cpuid-mask", "7.0:ebx=1", "--cpuid-mask", "1:ecx=2"]);
+        let run = run.expect("valid");
+        assert_eq!(run.cpu_affinity, Some(VpAffinity::Each(vec![[0].into(), [2, 3].into()])));
+        let masks: Vec<_> = run.cpuid_mask.iter().map(|mask| (mask.leaf, mask.ebx, mask.ecx)).collect();
+        assert_eq!(masks, [(7, 1, 0), (1, 0, 2)]);
+    }
+
+    #[test]
     fn update_takes_any_value() {
         for value in ["30s", "-1", "--", ""] {
             let words = ["guestctl", "update", "web", "deadline"].into_iter().chain([value]);
@@ -376,7 +392,13 @@ mod tests {
 
     #[test]
     fn a_bad_value_is_named() {
-        for arguments in [["--memory", "12X"], ["--cpus", "many"], ["--on-reset", "explode"]] {
+        for arguments in [
+            ["--memory", "12X"],
+            ["--cpus", "many"],
+            ["--on-reset", "explode"],
+            ["--cpu-affinity", "1-0"],
+            ["--cpuid-mask", "7"],
+        ] {
             let text = run(&arguments).expect_err("refused").to_string();
             assert!(text.contains(arguments[0]) && text.contains(arguments[1]), "{text}");
         }

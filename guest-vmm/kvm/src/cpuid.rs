@@ -1,10 +1,11 @@
-//! What a VP is told of itself by CPUID: what the host's KVM offers, with the VP's own place in the machine put in.
+//! What a VP is told of itself by CPUID: what the host's KVM offers, less what the guest is not to see, with the VP's own place in
+//! the machine put in.
 //!
 //! The topology is one socket of cores with one thread each; the local APIC ID is the VP's number. Intel SDM volume 2,
 //! CPUID; AMD APM volume 3, appendix E.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
-use processor::VpIndex;
+use processor::{CpuidMask, VpIndex};
 
 /// A VP's place in the machine.
 #[derive(Debug, Clone, Copy)]
@@ -25,16 +26,48 @@ impl Place {
     }
 }
 
-/// The leaves for one VP of `count`. `host` is what KVM_GET_SUPPORTED_CPUID says.
-pub(crate) fn for_vp(host: &[kvm_cpuid_entry2], vp: VpIndex, count: u32, tsc_deadline: bool) -> CpuId {
+/// The leaves for all VPs of a guest, but for their places. `host` is what KVM_GET_SUPPORTED_CPUID says, which is silent on the TSC
+/// deadline.
+pub(crate) fn for_guest(
+    host: &[kvm_cpuid_entry2],
+    tsc_deadline: bool,
+    masks: &[CpuidMask],
+) -> Vec<kvm_cpuid_entry2> {
+    let mut leaves = host.to_vec();
+    for leaf in &mut leaves {
+        if leaf.function == 1 {
+            add_features(leaf, tsc_deadline);
+        }
+        masks.iter().for_each(|mask| hide(leaf, mask));
+    }
+    leaves
+}
+
+fn add_features(leaf: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
+    const TSC_DEADLINE: u32 = 1 << 24;
+    const HYPERVISOR: u32 = 1 << 31;
+    leaf.ecx = leaf.ecx & !TSC_DEADLINE | HYPERVISOR | if tsc_deadline { TSC_DEADLINE } else { 0 };
+}
+
+fn hide(leaf: &mut kvm_cpuid_entry2, mask: &CpuidMask) {
+    if mask.covers(leaf.function, leaf.index) {
+        leaf.eax &= !mask.eax;
+        leaf.ebx &= !mask.ebx;
+        leaf.ecx &= !mask.ecx;
+        leaf.edx &= !mask.edx;
+    }
+}
+
+/// The leaves for one VP of `count`, of those for the guest. Its place is put in last, so that no mask hides it.
+pub(crate) fn for_vp(guest: &[kvm_cpuid_entry2], vp: VpIndex, count: u32) -> CpuId {
     let place = Place { id: vp.0, count };
     let is_topology = |leaf: &kvm_cpuid_entry2| matches!(leaf.function, 0xb | 0x1f);
-    let mut leaves: Vec<_> = host.iter().filter(|leaf| !is_topology(leaf)).copied().collect();
+    let mut leaves: Vec<_> = guest.iter().filter(|leaf| !is_topology(leaf)).copied().collect();
     for leaf in &mut leaves {
-        patch(leaf, place, tsc_deadline);
+        patch(leaf, place);
     }
     for function in [0xb, 0x1f] {
-        if host.iter().any(|leaf| leaf.function == function) {
+        if guest.iter().any(|leaf| leaf.function == function) {
             leaves.extend(topology(function, place));
         }
     }
@@ -42,9 +75,9 @@ pub(crate) fn for_vp(host: &[kvm_cpuid_entry2], vp: VpIndex, count: u32, tsc_dea
     CpuId::from_entries(&leaves).expect("truncated to what fits")
 }
 
-fn patch(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
+fn patch(leaf: &mut kvm_cpuid_entry2, place: Place) {
     match leaf.function {
-        0x1 => patch_features(leaf, place, tsc_deadline),
+        0x1 => patch_counts(leaf, place),
         0x4 => patch_cache(leaf, place, (place.ids(64) - 1) << 26),
         0x8000_0008 => {
             // ApicIdSize, and the number of cores less one.
@@ -59,12 +92,9 @@ fn patch(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
     }
 }
 
-fn patch_features(leaf: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
-    const TSC_DEADLINE: u32 = 1 << 24;
-    const HYPERVISOR: u32 = 1 << 31;
+fn patch_counts(leaf: &mut kvm_cpuid_entry2, place: Place) {
     const HTT: u32 = 1 << 28;
     leaf.ebx = leaf.ebx & 0xffff | place.ids(255) << 16 | place.id << 24;
-    leaf.ecx = leaf.ecx & !TSC_DEADLINE | HYPERVISOR | if tsc_deadline { TSC_DEADLINE } else { 0 };
     leaf.edx = leaf.edx & !HTT | if place.count > 1 { HTT } else { 0 };
 }
 
@@ -104,7 +134,16 @@ mod tests {
     }
 
     fn vp(host: &[kvm_cpuid_entry2], n: u32, count: u32) -> impl Fn(u32, u32) -> [u32; 4] {
-        let leaves = for_vp(host, VpIndex(n), count, true);
+        masked(host, n, count, &[])
+    }
+
+    fn masked(
+        host: &[kvm_cpuid_entry2],
+        n: u32,
+        count: u32,
+        masks: &[CpuidMask],
+    ) -> impl Fn(u32, u32) -> [u32; 4] {
+        let leaves = for_vp(&for_guest(host, true, masks), VpIndex(n), count);
         move |function, index| {
             let found = leaves.as_slice().iter().find(|l| l.function == function && l.index == index);
             found.map(|l| [l.eax, l.ebx, l.ecx, l.edx]).unwrap()
@@ -148,5 +187,42 @@ mod tests {
         let seen = vp(&host, 253, 254);
         assert_eq!(seen(1, 0)[1], 253 << 24 | 255 << 16);
         assert_eq!(seen(4, 0)[0], 63 << 26 | 255 << 14 | 0x163);
+    }
+
+    #[test]
+    fn a_mask_takes_away_and_no_more() {
+        let all = [u32::MAX; 4];
+        let host = [leaf(0x1, 0, all), leaf(0x7, 0, all), leaf(0x7, 1, all), leaf(0xd, 1, all)];
+        let masks = [
+            CpuidMask { function: 0x7, index: Some(0), ebx: 1 << 5, ..CpuidMask::default() },
+            CpuidMask { function: 0x7, index: None, ecx: 1 << 16, ..CpuidMask::default() },
+            CpuidMask { function: 0xd, index: Some(0), eax: 1, ..CpuidMask::default() },
+            CpuidMask { function: 0x9999, eax: 1, ..CpuidMask::default() },
+            CpuidMask { function: 0x1, index: Some(0), ecx: 1 << 24 | 1 << 31, ..CpuidMask::default() },
+        ];
+        let seen = masked(&host, 0, 2, &masks);
+        assert_eq!(seen(0x7, 0), [!0, !(1 << 5), !(1 << 16), !0], "both masks");
+        assert_eq!(seen(0x7, 1), [!0, !0, !(1 << 16), !0], "the one for every subleaf");
+        assert_eq!(seen(0xd, 1), all, "another subleaf");
+        assert_eq!(seen(0x1, 0)[2], !(1 << 24 | 1 << 31), "what is put in besides");
+        let zeros = [leaf(0x7, 0, [0; 4])];
+        assert_eq!(masked(&zeros, 0, 1, &masks)(0x7, 0), [0; 4], "nothing is set");
+    }
+
+    #[test]
+    fn a_place_cannot_be_hidden() {
+        let host = [
+            leaf(0x1, 0, [!0; 4]),
+            leaf(0xb, 0, [!0; 4]),
+            leaf(0x8000_0008, 0, [!0; 4]),
+            leaf(0x8000_001e, 0, [!0; 4]),
+        ];
+        let everything = |function| CpuidMask { function, index: None, eax: !0, ebx: !0, ecx: !0, edx: !0 };
+        let masks = [0x1, 0xb, 0x8000_0008, 0x8000_001e].map(everything);
+        let seen = masked(&host, 2, 6, &masks);
+        assert_eq!(seen(0x1, 0), [0, 2 << 24 | 8 << 16, 0, 1 << 28]);
+        assert_eq!(seen(0xb, 1), [3, 6, 0x201, 2]);
+        assert_eq!(seen(0x8000_0008, 0), [0, 0, 0x3005, 0]);
+        assert_eq!(seen(0x8000_001e, 0), [2, 2, 0, 0]);
     }
 }

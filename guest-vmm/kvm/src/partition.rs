@@ -3,13 +3,15 @@
 // UNSAFETY: guest memory is handed to the kernel by its address.
 #![expect(unsafe_code, reason = "guest memory is handed to the kernel by its address")]
 
+use crate::cpuid;
 use crate::error::{Named, io_error};
 use crate::hypervisor::{Host, create_vm};
 use crate::kick::KickSlot;
 use crate::routes::Routes;
 use crate::time::{Time, since_1970};
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_cpuid_entry2, kvm_enable_cap, kvm_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
 use processor::{
@@ -31,6 +33,8 @@ pub(crate) struct KvmPartition {
     // In this order: the machine is closed before its memory goes away.
     pub(crate) vm: VmFd,
     pub(crate) host: Arc<Host>,
+    /// What CPUID answers every VP, but for its place.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     pub(crate) vps: Vec<KickSlot>,
     pub(crate) time: Time,
     routes: Mutex<Routes>,
@@ -49,7 +53,8 @@ impl KvmPartition {
         split_irqchip(&vm)?;
         let vps = (0..config.vp_count).map(|_| KickSlot::default()).collect();
         let time = Time::new(config.time);
-        Ok(Self { vm, host, vps, time, routes: Mutex::default(), _memory: config.memory.clone() })
+        let cpuid = cpuid::for_guest(&host.cpuid, host.tsc_deadline, &config.cpuid_mask);
+        Ok(Self { vm, host, cpuid, vps, time, routes: Mutex::default(), _memory: config.memory.clone() })
     }
 
     /// A panic of another thread leaves the table whole: it is only replaced.

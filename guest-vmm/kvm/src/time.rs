@@ -64,7 +64,9 @@ impl Time {
     pub(crate) fn start(&self, vm: &VmFd, host: &Host) -> Result<(), PartitionError> {
         let mut guard = self.stopped();
         let Some(Stopped { host_tsc: then, clock, set }) = *guard else { return Ok(()) };
-        if set || self.policy == TimePolicy::Hidden {
+        // A guest that is yet to run has seen no time that could be hidden from it.
+        let has_run = self.starts.load(Ordering::Relaxed) > 0;
+        if set || has_run && self.policy == TimePolicy::Hidden {
             let away = match self.policy {
                 TimePolicy::Hidden => Duration::ZERO,
                 TimePolicy::CatchUp => since_1970().saturating_sub(clock.host_time),

@@ -46,7 +46,7 @@ impl BindProcessor for KvmBinder {
         let host = &partition.host;
         let vcpu = partition.vm.create_vcpu(vp.0.into()).for_partition("KVM_CREATE_VCPU")?;
         let count = u32::try_from(partition.vps.len()).expect("as many as were asked for in 32 bits");
-        let leaves = cpuid::for_vp(&host.cpuid, vp, count, host.tsc_deadline);
+        let leaves = cpuid::for_vp(&partition.cpuid, vp, count);
         vcpu.set_cpuid2(&leaves).for_partition("KVM_SET_CPUID2")?;
         msrs::write(&vcpu, &initial_msrs())?;
         if vp.0 == 0 {

@@ -44,8 +44,9 @@ fn life(hypervisor: &KvmHypervisor, vp_count: u32) {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let NewPartition { partition, processors } =
         hypervisor.build(&PartitionConfig::new(vp_count, memory)).unwrap();
-    let spawn =
-        |(n, binder)| VpThread::spawn(VpIndex(n), binder, partition.clone(), Arc::new(NoBus), |_, _| ());
+    let spawn = |(n, binder)| {
+        VpThread::spawn(VpIndex(n), None, binder, partition.clone(), Arc::new(NoBus), |_, _| ())
+    };
     let vps: Vec<_> = (0..).zip(processors).map(|new| block_on(spawn(new)).unwrap()).collect();
     vps.iter().for_each(|vp| block_on(vp.start()).unwrap());
     for vp in vps {

@@ -11,7 +11,8 @@ use devices::{SerialInput, SerialOutput};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
 use processor::{
-    Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError, TimePolicy, VpIndex,
+    CpuidMask, HostCpus, Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError,
+    TimePolicy, VpIndex,
 };
 use state_unit::{
     BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
@@ -33,6 +34,11 @@ pub const VPS: &str = "vps";
 pub struct MachineConfig {
     /// How many VPs.
     pub vps: u32,
+    /// The host's CPUs on which each VP's thread may run, in the order of the VPs; `None`, and none for a VP, for wherever the
+    /// thread may that makes the machine.
+    pub affinity: Vec<Option<HostCpus>>,
+    /// What the VPs are not to see in CPUID.
+    pub cpuid_mask: Vec<CpuidMask>,
     /// What the guest sees of the time during which it does not run.
     pub time: TimePolicy,
     /// How much memory, in bytes.
@@ -126,7 +132,7 @@ impl MachineView {
     }
 }
 
-/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity`, `processor` and `state`. What is the
+/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity`, `affinity`, `processor` and `state`. What is the
 /// guest's own (what registers hold, its command line) is marked as sensitive. Units, VPs and devices that are stuck show as
 /// unanswered. To be asked in the machine's runtime.
 impl Inspect for MachineView {
@@ -152,7 +158,7 @@ impl Machine {
     /// Blocking work is done on the runtime's blocking pool. `cancelled` is asked between the steps.
     pub async fn build<H>(
         hypervisor: H,
-        config: MachineConfig,
+        mut config: MachineConfig,
         output: Arc<dyn SerialOutput>,
         halts: mpsc::UnboundedSender<Halt>,
         cancelled: impl Fn() -> bool + Send + 'static,
@@ -162,12 +168,13 @@ impl Machine {
         H::Binder: Send + 'static,
     {
         let (inject, vp_count) = (config.inject, config.vps);
+        let affinity = std::mem::take(&mut config.affinity);
         let lay =
             tokio::task::spawn_blocking(move || lay_foundation(&hypervisor, config, output, &cancelled));
         let Foundation { memory, image, loaded, partition, board, devices, bus } =
             lay.await.map_err(|_| MachineError::Panicked)??;
         let shared = partition.partition.clone();
-        let vps = VpSet::bind(partition, Arc::new(bus), halts, loaded.vp).await;
+        let vps = VpSet::bind(partition, affinity, Arc::new(bus), halts, loaded.vp).await;
         let vps = Arc::new(vps.map_err(MachineError::Vp)?);
         // Time stands until the first start: what is saved before it is the state of one moment.
         shared.stop_time().map_err(MachineError::Partition)?;
@@ -284,8 +291,11 @@ fn lay_foundation<H: Hypervisor>(
     let memory =
         Arc::new(GuestMemory::new(config.memory_bytes, config.memory).map_err(MachineError::Memory)?);
     go_on()?;
-    let partition_config =
-        PartitionConfig { time: config.time, ..PartitionConfig::new(config.vps, memory.view().clone()) };
+    let partition_config = PartitionConfig {
+        time: config.time,
+        cpuid_mask: config.cpuid_mask,
+        ..PartitionConfig::new(config.vps, memory.view().clone())
+    };
     let partition = hypervisor.build(&partition_config).map_err(MachineError::Partition)?;
     go_on()?;
     let board = Board::new(partition.partition.clone(), output);
@@ -387,6 +397,8 @@ mod tests {
         let boot = BootFiles { kernel, initrd: None, cmdline: String::new() };
         MachineConfig {
             vps: 1,
+            affinity: Vec::new(),
+            cpuid_mask: Vec::new(),
             time: TimePolicy::default(),
             memory_bytes: 4 << 20,
             memory: MemoryOptions::default(),
@@ -403,7 +415,7 @@ mod tests {
             let Foundation::<ScriptedBinder> { memory, loaded, partition, board, devices, bus, .. } =
                 foundation.unwrap();
             let (halts, _) = mpsc::unbounded_channel();
-            let vps = VpSet::bind(partition, Arc::new(bus), halts, loaded.vp).await.unwrap();
+            let vps = VpSet::bind(partition, Vec::new(), Arc::new(bus), halts, loaded.vp).await.unwrap();
             let mut assembly = Assembly::default();
             assembly.add_devices(&devices, &[]).unwrap();
             let Assembly { units, handles, .. } = assembly;

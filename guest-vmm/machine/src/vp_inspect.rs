@@ -1,4 +1,4 @@
-//! What the VPs show of themselves: what each is doing, what its hypervisor keeps for it and, as the guest's own, its state.
+//! What the VPs show of themselves: what each is doing, on which of the host's CPUs it may, what its hypervisor keeps for it and, as the guest's own, its state.
 //!
 //! A VP's state belongs to its thread. So each part that needs it is a question of its own to that thread: a VP that is stuck
 //! leaves its own questions unanswered and nobody else's. A VP that runs leaves the guest for a moment to answer.
@@ -27,6 +27,12 @@ fn inspect_vp(vps: &VpSet, thread: &VpThread, request: Request<'_>) {
         None => ask(thread, request, |state, request| {
             request.value(VpActivity::from(state.mp_state()).to_string());
         }),
+    });
+    // Unanswered once the thread has ended.
+    response.child("affinity", |request| {
+        if let Ok(cpus) = thread.affinity() {
+            request.value(cpus.to_string());
+        }
     });
     response.sensitive(|response| {
         response.child("processor", |request| thread.inspect(request.defer()));

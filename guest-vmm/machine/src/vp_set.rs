@@ -4,8 +4,8 @@ use crate::loader::InitialVpState;
 use futures::future::{join_all, try_join_all};
 use guest_saved_state::processor::vp::VpSetState;
 use processor::{
-    BindProcessor, CpuIo, ErasedVpState, MpState, NewPartition, Partition, SpawnVpError, StateError, VpError,
-    VpHaltReason, VpIndex, VpState, VpThread,
+    BindProcessor, CpuIo, ErasedVpState, HostCpus, MpState, NewPartition, Partition, SpawnVpError,
+    StateError, VpError, VpHaltReason, VpIndex, VpState, VpThread,
 };
 use save_restore::{RestoreError, SaveError};
 use std::fmt;
@@ -62,19 +62,22 @@ const HALTED: u8 = 1;
 const FAILED: u8 = 2;
 
 impl VpSet {
-    /// Binds every VP to a thread of its own. Halts are sent in the order in which they happen.
+    /// Binds every VP to a thread of its own, on the CPUs that `affinity` has for it. Halts are sent in the order in which they
+    /// happen.
     pub async fn bind<B: BindProcessor>(
         new: NewPartition<B>,
+        affinity: Vec<Option<HostCpus>>,
         io: Arc<dyn CpuIo>,
         halts: mpsc::UnboundedSender<Halt>,
         initial: InitialVpState,
     ) -> Result<Self, SpawnVpError> {
         let halted: Arc<Vec<AtomicU8>> =
             Arc::new(new.processors.iter().map(|_| AtomicU8::new(NOT_HALTED)).collect());
-        let threads = (0..).zip(new.processors).map(|(index, binder)| {
+        let cpus = affinity.into_iter().chain(std::iter::repeat(None));
+        let threads = (0..).zip(new.processors).zip(cpus).map(|((index, binder), cpus)| {
             let (halted, halts) = (halted.clone(), halts.clone());
             let partition: Arc<dyn Partition> = new.partition.clone();
-            VpThread::spawn(VpIndex(index), binder, partition, io.clone(), move |vp, reason| {
+            VpThread::spawn(VpIndex(index), cpus, binder, partition, io.clone(), move |vp, reason| {
                 let failed = matches!(reason, VpHaltReason::Fault(_) | VpHaltReason::TripleFault(_));
                 let mark = if failed { FAILED } else { HALTED };
                 halted[vp.0 as usize].store(mark, Ordering::Release);

@@ -7,7 +7,7 @@ use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig, MachineView};
 use processor::scripted::{Script, ScriptedHypervisor, ScriptedOptions};
 use processor::{
-    DebugCapabilities, ErasedPartitionState, Hypervisor, MsiRequest, NewPartition, Partition,
+    DebugCapabilities, ErasedPartitionState, HostCpus, Hypervisor, MsiRequest, NewPartition, Partition,
     PartitionConfig, PartitionError, TimePolicy, VpIndex, Vtl,
 };
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -108,7 +108,12 @@ impl Partition for RecordingPartition {
     }
 }
 
-/// A machine of two VPs, with what it sends.
+/// The last of the CPUs on which this process may run.
+fn last_cpu() -> HostCpus {
+    HostCpus::of_this_thread().unwrap().iter().last().into_iter().collect()
+}
+
+/// A machine of two VPs, the second on the last of the CPUs, with what it sends.
 struct Bench {
     machine: Machine,
     hypervisor: Recording,
@@ -140,6 +145,8 @@ impl Bench {
         let memory = MemoryOptions { prefault: true, ..MemoryOptions::default() };
         let config = MachineConfig {
             vps: 2,
+            affinity: vec![None, Some(last_cpu())],
+            cpuid_mask: Vec::new(),
             time: TimePolicy::default(),
             memory_bytes: MEMORY_BYTES,
             memory,
@@ -255,6 +262,9 @@ async fn every_unit_device_and_vp_of_a_running_machine_is_in_the_tree() {
     let code = "base: 0x0\nlimit: 0xffffffff\nselector: 0x10\nattributes: 0xc09b\n";
     assert_eq!(at(&tree, "vps/0/state/system_registers/cs").to_string(), code);
     assert_eq!(at(&tree, "vps/1/activity"), &text("waiting for SIPI"));
+    let everywhere = HostCpus::of_this_thread().unwrap().to_string();
+    assert_eq!(at(&tree, "vps/0/affinity"), &text(&everywhere));
+    assert_eq!(at(&tree, "vps/1/affinity"), &text(&last_cpu().to_string()));
     bench.machine.destroy().await;
 }
 
@@ -310,7 +320,11 @@ async fn an_observer_sees_states_and_sizes_and_nothing_of_the_guests() {
     let tree = bench.observe("").await;
     assert_eq!(unanswered(&tree, ""), [""; 0]);
     assert_eq!(names(at(&tree, "units")), UNITS);
-    assert_eq!(at(&tree, "vps").to_string(), "0:\n  activity: running\n1:\n  activity: waiting for SIPI\n");
+    let (everywhere, last) = (HostCpus::of_this_thread().unwrap(), last_cpu());
+    let vps = format!(
+        "0:\n  activity: running\n  affinity: {everywhere}\n1:\n  activity: waiting for SIPI\n  affinity: {last}\n"
+    );
+    assert_eq!(at(&tree, "vps").to_string(), vps);
     assert_eq!(at(&tree, "units/memory/unit/bytes"), &Node::Value(MEMORY_BYTES.into()));
     let json = tree.to_json();
     for hidden in ["registers", "secret", "command_line", "pins", "offset_seconds", "rip", "ram\""] {
@@ -330,15 +344,18 @@ async fn an_update_reaches_units_devices_and_the_threads_of_vps() {
     let shown = [
         "units/memory/unit/bytes",
         "units/serial/unit/registers/scr",
-        "vps/0/registers/rip",
+        "vps/0/state/registers/rip",
         "vps/1/activity",
     ];
     for path in shown {
         assert_eq!(bench.update(path, "1").await, Err(UpdateError::NotWritable), "{path}");
     }
-    for path in
-        ["units/serial/unit/registers/none", "vps/0/registers/rip/low", "vps/2", "units/memory/unit/bytes/0"]
-    {
+    for path in [
+        "units/serial/unit/registers/none",
+        "vps/0/state/registers/rip/low",
+        "vps/2",
+        "units/memory/unit/bytes/0",
+    ] {
         assert_eq!(bench.update(path, "1").await, Err(UpdateError::NotFound), "{path}");
     }
     assert_eq!(bench.look("units/serial/unit/registers/scr").await, hex(0x5a));

@@ -31,13 +31,14 @@ pub use partition::{
     TimePolicy,
 };
 pub use state::{
-    AccessPartitionState, AccessVpState, Clock, Cpuid, CpuidLeaf, DebugRegisters, ErasedPartitionState,
-    ErasedVpState, Events, Exception, IOAPIC_PINS, InjectedInterrupt, IrqRoutes, LOCAL_APIC_BYTES, LocalApic,
-    MpState, NumberedRegisters, PartitionState, PartitionStateKind, Registers, Segment, StateAccessError,
-    StateError, SystemManagement, SystemRegisters, Table, Tsc, VpState, VpStateKind, Xsave,
+    AccessPartitionState, AccessVpState, Clock, Cpuid, CpuidLeaf, CpuidMask, DebugRegisters,
+    ErasedPartitionState, ErasedVpState, Events, Exception, IOAPIC_PINS, InjectedInterrupt, IrqRoutes,
+    LOCAL_APIC_BYTES, LocalApic, MpState, NumberedRegisters, PartitionState, PartitionStateKind, Registers,
+    Segment, StateAccessError, StateError, SystemManagement, SystemRegisters, Table, Tsc, VpState,
+    VpStateKind, Xsave,
 };
 pub use stop::{StopVp, StopVpSource, run_guest};
-pub use thread::{SpawnVpError, VpError, VpGone, VpThread};
+pub use thread::{HostCpus, SpawnVpError, VpError, VpGone, VpThread};
 
 use inspect::InspectMut;
 use std::convert::Infallible;

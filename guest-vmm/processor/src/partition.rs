@@ -1,6 +1,6 @@
 //! The hypervisor, and the partition it builds for one guest.
 
-use crate::{DebugCapabilities, ErasedPartitionState, NotSupported, Processor, VpIndex, Vtl};
+use crate::{CpuidMask, DebugCapabilities, ErasedPartitionState, NotSupported, Processor, VpIndex, Vtl};
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
@@ -40,12 +40,15 @@ pub struct PartitionConfig {
     pub memory: GuestMemoryMmap,
     /// What the guest sees of the time during which its partition's time is stopped.
     pub time: TimePolicy,
+    /// What its VPs are not to see in CPUID. A leaf that they do not have has nothing to hide; their places among the VPs are never
+    /// hidden. The VPs' CPUID state shows what is left.
+    pub cpuid_mask: Vec<CpuidMask>,
 }
 
 impl PartitionConfig {
     /// With the defaults of all that is optional.
     pub fn new(vp_count: u32, memory: GuestMemoryMmap) -> Self {
-        Self { vp_count, memory, time: TimePolicy::default() }
+        Self { vp_count, memory, time: TimePolicy::default(), cpuid_mask: Vec::new() }
     }
 }
 

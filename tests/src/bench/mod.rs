@@ -21,7 +21,7 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use futures::future::LocalBoxFuture;
-use guest_client::{Callback, GuestConfig, Host, Launched, Lifecycle, MemoryConfig, OnReset};
+use guest_client::{Callback, GuestConfig, Host, Launched, Lifecycle, MemoryConfig, OnReset, VpAffinity};
 use guest_client::{SerialChunk, SerialOutput};
 use tokio::sync::mpsc;
 
@@ -126,6 +126,8 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         ramdisk: None,
         cmdline: String::new(),
         cpus: 1,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(MEMORY_BYTES),
         on_reset: OnReset::Stop,
         units: Vec::new(),

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use anyhow::anyhow;
 use guest_schema::guest_capnp::{guest_lifecycle, observer};
-use guest_schema::{Failure, FileSource, GuestConfig, MemoryConfig, OnReset, Phase};
+use guest_schema::{Failure, FileSource, GuestConfig, MemoryConfig, OnReset, Phase, VpAffinity};
 use guest_tests::bare::{Bare, sink};
 use guest_tests::console::Console;
 use guest_tests::process::{Process, Stdin};
@@ -80,6 +80,8 @@ fn config(kernel: u64) -> GuestConfig {
         ramdisk: None,
         cmdline: String::new(),
         cpus: 1,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, ensure};
 use guest_client::Host;
-use guest_schema::{GuestError, Outcome};
+use guest_schema::{CpuidMask, GuestConfig, GuestError, Outcome};
 use guest_tests::requirements::{Requirement, scaled, trial};
 use guest_tests::service::PATIENCE;
-use guest_tests::stage::{Act, Channel, Kind, Player, Stage, Story, expect, play, refusal};
+use guest_tests::stage::{Act, Channel, Kind, Player, Stage, Story, expect, play, refusal, refused, says};
 use guest_tests::{census, wait};
 use libtest_mimic::Trial;
 
@@ -25,6 +25,12 @@ pub fn trials() -> Vec<Trial> {
         }),
         trial("creates_within_a_lease_leave_nothing::builtin", &[Requirement::Kvm], || {
             play(creates_leave_nothing(Kind::BuiltIn))
+        }),
+        trial("runs_that_cannot_start_leave_nothing::scripted", &[], || {
+            play(failed_starts_leave_nothing(Kind::Scripted))
+        }),
+        trial("runs_that_cannot_start_leave_nothing::kvm", &[Requirement::Kvm], || {
+            play(failed_starts_leave_nothing(Kind::BuiltIn))
         }),
     ]
 }
@@ -159,4 +165,53 @@ async fn create_over_and_over(player: &Player, rounds: u32) -> Story {
         }
     }
     Ok(player.lifecycle.stop().await?)
+}
+
+async fn failed_starts_leave_nothing(kind: Kind) -> Story {
+    let faults = if kind == Kind::Scripted { ",fail-start=0" } else { "" };
+    let stage = Stage::set(kind, Channel::Direct, faults)?;
+    let player = stage.launch("").await?;
+    let pid = player.pid().await?;
+    fail_to_start(&player, kind, WARM_UP).await?;
+    let before = Holding::of(pid)?;
+    fail_to_start(&player, kind, scaled(CREATES)).await?;
+    back_to(&format!("guest-vmm with VPs that cannot start, {}", kind.name()), pid, before).await?;
+    if kind == Kind::BuiltIn {
+        power_off(&player).await?;
+    }
+    Ok(())
+}
+
+/// Creates guests of eight VPs whose first cannot be started. Each but the first shows that a create may follow.
+async fn fail_to_start(player: &Player, kind: Kind, rounds: u32) -> Story {
+    let pid = player.pid().await?;
+    for _ in 0..rounds {
+        let config = if kind == Kind::Scripted { player.config(Act::Spin)? } else { unstartable(player)? };
+        player.lifecycle.create(&GuestConfig { cpus: 8, ..config }).await?;
+        let vps = census::thread_affinities(pid)?.into_keys().filter(|name| name.starts_with("vp-")).count();
+        expect("the threads of VPs", vps, 8)?;
+        let (code, detail) = refused(player.lifecycle.run().await)?;
+        expect(&detail, code, GuestError::VcpuStartFailure)?;
+        says(&detail, "VP 0")?;
+        let ended = || async {
+            census::thread_affinities(pid).is_ok_and(|all| !all.keys().any(|name| name.starts_with("vp-")))
+        };
+        wait::until_async("the threads of VPs to end", PATIENCE, ended).await?;
+        expect("run again", refusal(player.lifecycle.run().await)?, GuestError::NotCreated)?;
+    }
+    Ok(())
+}
+
+/// A guest that KVM does not let start: a kernel without a PVH note begins in long mode, which needs page tables, and these lie
+/// where a CPU without physical address bits has no memory.
+fn unstartable(player: &Player) -> anyhow::Result<GuestConfig> {
+    const PROGRAM_HEADERS: usize = 64;
+    const PROGRAM_HEADER_BYTES: usize = 56;
+    const PT_NOTE: [u8; 4] = [4, 0, 0, 0];
+    let mut kernel = Kind::BuiltIn.image(Act::Spin);
+    let mut headers = kernel[PROGRAM_HEADERS..].chunks_exact_mut(PROGRAM_HEADER_BYTES);
+    let note = headers.find(|header| header[..4] == PT_NOTE).context("a note")?;
+    note[..4].fill(0);
+    let physical_address_bits = CpuidMask { leaf: 0x8000_0008, eax: 0xff, ..CpuidMask::default() };
+    Ok(GuestConfig { cpuid_mask: vec![physical_address_bits], ..player.config_of(&kernel)? })
 }

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use guest_schema::config_capnp::{KernelType, OnReset, guest_config};
 use guest_schema::guest_capnp::guest_lifecycle::create_params;
-use guest_schema::{Failure, FileSource, GuestConfig, GuestError, MemoryConfig};
+use guest_schema::{CpuidMask, Failure, FileSource, GuestConfig, GuestError, MemoryConfig, VpAffinity};
 use guest_tests::bare::Bare;
 use guest_tests::requirements::trial;
 use guest_tests::stage::{
@@ -45,11 +45,17 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         ramdisk: None,
         cmdline: String::new(),
         cpus: 1,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: guest_schema::OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
     }
+}
+
+fn on_cpus(lists: &[&[u32]]) -> VpAffinity {
+    VpAffinity::Each(lists.iter().map(|cpus| cpus.iter().copied().collect()).collect())
 }
 
 /// A refused create leaves nothing behind: no file stays open, and the next create works.
@@ -146,6 +152,22 @@ async fn limits_are_kept(channel: Channel) -> Story {
             (GuestConfig { cpus: 0, ..good()? }, "cpus: 0 is not from 1 to"),
             (GuestConfig { cpus: 255, ..good()? }, "cpus: 255 is not from 1 to"),
             (GuestConfig { cpus: u32::MAX, ..good()? }, "cpus: 4294967295 is not from 1 to"),
+            (
+                GuestConfig { affinity: VpAffinity::All([0, u32::MAX].into()), ..good()? },
+                "affinity.all: host CPU 4294967295 is none of those that the VMM may use, 0",
+            ),
+            (
+                GuestConfig { cpus: 2, affinity: on_cpus(&[&[], &[4096]]), ..good()? },
+                "affinity.each[1]: host CPU 4096 is none of those that the VMM may use, 0",
+            ),
+            (
+                GuestConfig { affinity: on_cpus(&[&[], &[]]), ..good()? },
+                "affinity.each: 2 lists are more than the 1 VPs",
+            ),
+            (
+                GuestConfig { cpuid_mask: vec![CpuidMask::default(); 5000], ..good()? },
+                "cpuidMask: 5000 entries are more than 1024",
+            ),
             (GuestConfig { memory: memory(0), ..good()? }, "memory.bytes: 0 is below"),
             (GuestConfig { memory: memory((1 << 20) - 1), ..good()? }, "memory.bytes: 1048575 is below"),
             (

@@ -10,7 +10,7 @@ use crate::run::{builtin_guest, in_memory};
 use crate::service::{self, Launcher};
 use guest_client::{
     Control, Exit, FileSource, Guest, GuestConfig, GuestError, GuestState, Launched, Lifecycle, MemoryConfig,
-    OnReset,
+    OnReset, VpAffinity,
 };
 use paper::{Expected, Paper, in_words};
 use serial::Serial;
@@ -250,6 +250,8 @@ fn config(kernel: Option<FileSource>) -> GuestConfig {
         ramdisk: None,
         cmdline: String::new(),
         cpus: 1,
+        affinity: VpAffinity::Any,
+        cpuid_mask: Vec::new(),
         memory: MemoryConfig::of_bytes(MEMORY),
         on_reset: OnReset::Restart,
         units: Vec::new(),

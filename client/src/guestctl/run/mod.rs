@@ -135,6 +135,8 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
         ramdisk: files.initrd.map(|initrd| lifecycle.file(initrd)),
         cmdline: run.cmdline.clone(),
         cpus: run.cpus,
+        affinity: run.cpu_affinity.clone().unwrap_or_default(),
+        cpuid_mask: run.cpuid_mask.clone(),
         memory: MemoryConfig {
             bytes: run.memory,
             huge_pages: run.huge_pages,

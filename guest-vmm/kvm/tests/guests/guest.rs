@@ -144,19 +144,27 @@ impl Guest {
 
     /// A guest of several.
     pub fn with(mode: Mode, code: &[u8], vp_count: u32) -> Self {
+        Self::configured(mode, code, |memory| PartitionConfig::new(vp_count, memory))
+    }
+
+    /// A guest whose partition is made as this says.
+    pub fn configured(
+        mode: Mode,
+        code: &[u8],
+        config: impl FnOnce(GuestMemoryMmap) -> PartitionConfig,
+    ) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         memory.write_slice(code, GuestAddress(CODE)).unwrap();
         let descriptors = [0, 0x00cf_9b00_0000_ffff_u64, 0x00cf_9300_0000_ffff];
         memory.write_slice(&descriptors.map(u64::to_le_bytes).concat(), GuestAddress(GDT)).unwrap();
-        let config = PartitionConfig::new(vp_count, memory.clone());
-        let NewPartition { partition, processors } = hypervisor().build(&config).unwrap();
+        let NewPartition { partition, processors } = hypervisor().build(&config(memory.clone())).unwrap();
         let bus = Arc::new(Bus::default());
         let (halted, halts) = channel();
         let spawn = |(n, binder)| {
             let halted = halted.clone();
             // The receiver is gone when a test has ended.
             let on_halt = move |vp, reason| drop(halted.send((vp, reason)));
-            VpThread::spawn(VpIndex(n), binder, partition.clone(), bus.clone(), on_halt)
+            VpThread::spawn(VpIndex(n), None, binder, partition.clone(), bus.clone(), on_halt)
         };
         let vps = (0..).zip(processors).map(|new| block_on(spawn(new)).unwrap()).collect();
         let guest = Self { bus, partition, vps, memory, mode, halts };

@@ -40,6 +40,8 @@ impl Bench {
         file.write_all(kernel).unwrap();
         let config = MachineConfig {
             vps,
+            affinity: Vec::new(),
+            cpuid_mask: Vec::new(),
             time: TimePolicy::default(),
             memory_bytes: MEMORY,
             memory: MemoryOptions::default(),

@@ -20,6 +20,27 @@ pub struct CpuidLeaf {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Cpuid(pub Vec<CpuidLeaf>);
 
+/// Bits that are cleared in answers of CPUID, to hide what the host's CPU has. A mask only takes away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "the names of the results are the architecture's")]
+pub struct CpuidMask {
+    /// The leaf: EAX when CPUID is executed.
+    pub function: u32,
+    /// The subleaf, ECX when CPUID is executed; `None` for every one. A leaf without subleaves has subleaf 0.
+    pub index: Option<u32>,
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+}
+
+impl CpuidMask {
+    /// Whether the mask is about this leaf and subleaf.
+    pub fn covers(&self, function: u32, index: u32) -> bool {
+        self.function == function && self.index.is_none_or(|own| own == index)
+    }
+}
+
 impl Inspect for CpuidLeaf {
     fn inspect(&self, request: Request<'_>) {
         let &Self { function: _, index: _, eax, ebx, ecx, edx } = self;

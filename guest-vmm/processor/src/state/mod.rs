@@ -13,7 +13,7 @@ mod time;
 
 pub use activity::{Events, Exception, InjectedInterrupt, MpState, SystemManagement};
 pub use apic::{LOCAL_APIC_BYTES, LocalApic};
-pub use cpuid::{Cpuid, CpuidLeaf};
+pub use cpuid::{Cpuid, CpuidLeaf, CpuidMask};
 pub use registers::{DebugRegisters, NumberedRegisters, Registers, Segment, SystemRegisters, Table, Xsave};
 pub use time::{Clock, Tsc};
 

@@ -8,7 +8,10 @@
 //! processor or in a device that the VP calls, ends the thread and no more than it: see [`VpThread::spawn`].
 
 mod executor;
+mod host_cpus;
 mod task;
+
+pub use host_cpus::HostCpus;
 
 use crate::{
     BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, StateAccessError, VpFault,
@@ -17,9 +20,11 @@ use crate::{
 use executor::{Wakeup, block_on};
 use futures::channel::{mpsc, oneshot};
 use inspect::Deferred;
+use rustix::thread::{Pid, gettid};
 use std::any::Any;
 use std::convert::Infallible;
 use std::error::Error;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
@@ -75,7 +80,18 @@ pub enum SpawnVpError {
         vp: VpIndex,
         /// What the system said.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
+    },
+    /// The thread may not run on the CPUs that the VP was given.
+    #[error("the thread of VP {vp} cannot be kept on the host's CPUs {cpus}")]
+    Affinity {
+        /// The VP.
+        vp: VpIndex,
+        /// The CPUs.
+        cpus: HostCpus,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// The VP could not be bound to its thread.
     #[error("VP {vp} could not be bound to its thread")]
@@ -105,6 +121,7 @@ pub enum SpawnVpError {
 /// its command in force.
 pub struct VpThread {
     vp: VpIndex,
+    id: Pid,
     commands: mpsc::UnboundedSender<Command>,
     ended: oneshot::Receiver<Infallible>,
     thread: JoinHandle<()>,
@@ -113,6 +130,8 @@ pub struct VpThread {
 impl VpThread {
     /// Starts a thread and binds the VP there; the VP does not run yet. Resolves when it is bound or could not be.
     ///
+    /// The thread is kept on the CPUs of `affinity` from before the VP is bound; `None` lets it run wherever the calling thread may.
+    ///
     /// `on_halt` is called on the VP's thread whenever the VP halts by itself (power-off, reset, breakpoint, fault), once for
     /// each time it was started, and never for a stop. The VP then waits to be started again.
     ///
@@ -120,6 +139,7 @@ impl VpThread {
     /// message in it, and every call that waits for the thread, or comes later, answers [`VpGone`].
     pub async fn spawn<B: BindProcessor>(
         vp: VpIndex,
+        affinity: Option<HostCpus>,
         binder: B,
         partition: Arc<dyn Partition>,
         io: Arc<dyn CpuIo>,
@@ -131,19 +151,32 @@ impl VpThread {
         let body = move || {
             // Dropped last, whatever happens: the thread has nothing left to do then.
             let _ending: oneshot::Sender<Infallible> = ending;
-            run_thread(vp, NewVp { binder, partition, io, commands: receiver }, bound, on_halt);
+            run_thread(vp, NewVp { affinity, binder, partition, io, commands: receiver }, bound, on_halt);
         };
         let thread = Builder::new()
             .name(format!("vp-{vp}"))
             .spawn(body)
             .map_err(|source| SpawnVpError::Thread { vp, source })?;
-        is_bound.await.expect("the thread answers before it drops its end, and binding cannot unwind")?;
-        Ok(Self { vp, commands, ended, thread })
+        let bound =
+            is_bound.await.expect("the thread answers before it drops its end, and binding cannot unwind");
+        Ok(Self { vp, id: bound?, commands, ended, thread })
     }
 
     /// The VP's number.
     pub fn vp(&self) -> VpIndex {
         self.vp
+    }
+
+    /// The host's CPUs on which the thread may run now, whoever has decided that.
+    ///
+    /// # Errors
+    /// The thread has ended, or the host has more CPUs than a set can hold.
+    pub fn affinity(&self) -> io::Result<HostCpus> {
+        // Another thread of the system may have its number then.
+        if self.thread.is_finished() {
+            return Err(io::Error::other(VpGone { vp: self.vp }));
+        }
+        HostCpus::of_thread(Some(self.id))
     }
 
     /// Lets the VP run. It is an error if it does already.
@@ -219,7 +252,7 @@ impl VpThread {
 
     /// Ends the thread, wherever the VP is, and resolves when it has ended and its processor is no more.
     pub async fn shutdown(self) {
-        let Self { vp: _, commands, ended, thread } = self;
+        let Self { vp: _, id: _, commands, ended, thread } = self;
         drop(commands);
         let _ = ended.await;
         // Nothing is left on that thread but its way out of the system. A panic of it was reported to `on_halt`.
@@ -236,6 +269,7 @@ impl VpThread {
 
 /// What a thread makes its VP of.
 struct NewVp<B> {
+    affinity: Option<HostCpus>,
     binder: B,
     partition: Arc<dyn Partition>,
     io: Arc<dyn CpuIo>,
@@ -246,15 +280,15 @@ struct NewVp<B> {
 fn run_thread<B: BindProcessor>(
     vp: VpIndex,
     new: NewVp<B>,
-    bound: oneshot::Sender<Result<(), SpawnVpError>>,
+    bound: oneshot::Sender<Result<Pid, SpawnVpError>>,
     on_halt: impl Fn(VpIndex, VpHaltReason),
 ) {
-    let NewVp { binder, partition, io, commands } = new;
-    let processor = match bind(vp, binder) {
+    let NewVp { affinity, binder, partition, io, commands } = new;
+    let processor = match keep_on(vp, affinity).and_then(|()| bind(vp, binder)) {
         Ok(processor) => processor,
         Err(error) => return drop(bound.send(Err(error))),
     };
-    if bound.send(Ok(())).is_err() {
+    if bound.send(Ok(gettid())).is_err() {
         return; // Whoever wanted the VP has gone away meanwhile.
     }
     let served = catch_unwind(AssertUnwindSafe(|| {
@@ -266,6 +300,11 @@ fn run_thread<B: BindProcessor>(
     if let Err(panic) = served {
         report_panic(vp, &message(&*panic), on_halt);
     }
+}
+
+fn keep_on(vp: VpIndex, affinity: Option<HostCpus>) -> Result<(), SpawnVpError> {
+    let Some(cpus) = affinity else { return Ok(()) };
+    cpus.bind_this_thread().map_err(|source| SpawnVpError::Affinity { vp, cpus, source })
 }
 
 fn bind<B: BindProcessor>(vp: VpIndex, binder: B) -> Result<B::Processor, SpawnVpError> {

@@ -156,7 +156,7 @@ impl Guest {
         let spawn = |(n, binder)| {
             let halted = halted.clone();
             let on_halt = move |vp, reason| halted.send((vp, reason)).unwrap();
-            VpThread::spawn(VpIndex(n), binder, partition.clone(), bus.clone(), on_halt)
+            VpThread::spawn(VpIndex(n), None, binder, partition.clone(), bus.clone(), on_halt)
         };
         let vps = (0..).zip(processors).map(|new| block_on(spawn(new)).unwrap()).collect();
         let guest = Self { bus, partition, vps, memory, halts };

@@ -4,11 +4,11 @@ use crate::guest::{ACPI, Bus, Guest, SERIAL, memory, ready_and_spin};
 use futures::FutureExt;
 use futures::executor::block_on;
 use futures::future::BoxFuture;
-use processor::scripted::{SCRIPT_BASE, Script, ScriptedHypervisor, ScriptedOptions};
+use processor::scripted::{SCRIPT_BASE, Script, ScriptedBinder, ScriptedHypervisor, ScriptedOptions};
 use processor::{
-    CpuIo, Hypervisor, MpState, MsiRequest, NewPartition, PartitionConfig, PowerRequest, Processor,
-    Registers, SpawnVpError, StateAccessError, StopVpSource, Tsc, VpError, VpGone, VpHaltReason, VpIndex,
-    VpState, VpStateKind, VpThread,
+    CpuIo, HostCpus, Hypervisor, MpState, MsiRequest, NewPartition, Partition, PartitionConfig, PowerRequest,
+    Processor, Registers, SpawnVpError, StateAccessError, StopVpSource, Tsc, VpError, VpGone, VpHaltReason,
+    VpIndex, VpState, VpStateKind, VpThread,
 };
 use save_restore::RestoreError;
 use std::ops::ControlFlow;
@@ -121,7 +121,7 @@ fn a_state_that_the_hypervisor_lacks_is_refused_by_name_and_so_is_one_that_canno
     let new = ScriptedHypervisor { options }.build(&PartitionConfig::new(1, memory)).unwrap();
     let NewPartition { partition, mut processors } = new;
     let bus = Arc::new(Bus::default());
-    let vp = VpThread::spawn(VP, processors.remove(0), partition, bus, |_, _| ());
+    let vp = VpThread::spawn(VP, None, processors.remove(0), partition, bus, |_, _| ());
     let failed = block_on(block_on(vp).unwrap().restore(state)).unwrap_err();
     let VpError::States { source: StateAccessError::Set { kind: VpStateKind::Registers, .. }, .. } = failed
     else {
@@ -245,6 +245,53 @@ fn threads_are_named_and_answer_a_tokio_task() {
     }
 }
 
+/// A VP on its way to its thread, and the rest of what it needs.
+fn unbound() -> (ScriptedBinder, Arc<dyn Partition>, Arc<Bus>) {
+    let config = PartitionConfig::new(1, memory(&ready_and_spin()));
+    let mut new = ScriptedHypervisor::default().build(&config).unwrap();
+    (new.processors.remove(0), new.partition, Arc::new(Bus::default()))
+}
+
+#[test]
+fn a_vp_is_kept_on_its_cpus() {
+    let own = HostCpus::of_this_thread().unwrap();
+    for cpus in own.iter().map(|cpu| HostCpus::from_iter([cpu])).chain([own.clone()]) {
+        let (binder, partition, bus) = unbound();
+        let vp = VpThread::spawn(VP, Some(cpus.clone()), binder, partition, bus, |_, _| ());
+        let vp = block_on(vp).unwrap();
+        assert_eq!(vp.affinity().unwrap(), cpus);
+        assert_eq!(block_on(vp.access(|_| HostCpus::of_this_thread().unwrap())).unwrap(), cpus);
+        block_on(vp.shutdown());
+    }
+    assert_eq!(HostCpus::of_this_thread().unwrap(), own, "it is the VP's thread that is kept");
+    let (binder, partition, bus) = unbound();
+    let vp = block_on(VpThread::spawn(VP, None, binder, partition, bus, |_, _| ())).unwrap();
+    assert_eq!(vp.affinity().unwrap(), own);
+}
+
+#[test]
+fn a_vp_that_may_run_nowhere_is_not_bound() {
+    let (binder, partition, bus) = unbound();
+    let nowhere = HostCpus::from_iter([1023]);
+    let spawned = block_on(VpThread::spawn(VP, Some(nowhere.clone()), binder, partition, bus, |_, _| ()));
+    let error = spawned.err().unwrap();
+    assert_eq!(error.to_string(), "the thread of VP 0 cannot be kept on the host's CPUs 1023");
+    assert!(matches!(error, SpawnVpError::Affinity { vp: VP, cpus, .. } if cpus == nowhere));
+}
+
+#[test]
+fn the_affinity_of_a_thread_that_has_ended_is_not_another_threads() {
+    let options = ScriptedOptions { panic_at_first_instruction: Some(VP), ..Default::default() };
+    let guest = Guest::with(&ready_and_spin(), 1, options);
+    guest.start();
+    guest.fault();
+    // The thread has a little way to go after its last words.
+    while guest.vps[0].affinity().is_ok() {
+        std::thread::yield_now();
+    }
+    assert_eq!(guest.vps[0].affinity().unwrap_err().to_string(), "the thread of VP 0 is gone");
+}
+
 #[test]
 fn a_vp_that_cannot_be_bound_says_so() {
     let options = ScriptedOptions { fail_bind: Some(VP), ..Default::default() };
@@ -252,7 +299,7 @@ fn a_vp_that_cannot_be_bound_says_so() {
     let mut new = ScriptedHypervisor { options }.build(&config).unwrap();
     let binder = new.processors.remove(0);
     let bus = Arc::new(Bus::default());
-    let spawned = block_on(VpThread::spawn(VP, binder, new.partition.clone(), bus, |_, _| ()));
+    let spawned = block_on(VpThread::spawn(VP, None, binder, new.partition.clone(), bus, |_, _| ()));
     let error = spawned.err().unwrap();
     assert!(matches!(error, SpawnVpError::Bind { vp: VP, .. }));
     assert_eq!(error.to_string(), "VP 0 could not be bound to its thread");
@@ -312,7 +359,7 @@ fn a_panic_in_the_report_of_a_halt_is_contained() {
     let binder = new.processors.remove(0);
     let on_halt = |_, _| panic!("on purpose");
     let bus = Arc::new(Bus::default());
-    let vp = block_on(VpThread::spawn(VP, binder, new.partition.clone(), bus, on_halt)).unwrap();
+    let vp = block_on(VpThread::spawn(VP, None, binder, new.partition.clone(), bus, on_halt)).unwrap();
     let boot = Registers { rip: SCRIPT_BASE.into(), ..Registers::default() };
     block_on(vp.access(move |state| state.set_registers(&boot))).unwrap().unwrap();
     block_on(vp.start()).unwrap();
@@ -391,7 +438,7 @@ fn a_wake_up_from_inside_a_device_is_not_lost() {
     let (asked, stops) = channel();
     let io = Arc::new(Nested { bus: Bus::default(), vp: OnceLock::new(), asked: Mutex::new(asked) });
     let binder = processors.remove(0);
-    let vp = block_on(VpThread::spawn(VP, binder, partition.clone(), io.clone(), |_, _| ())).unwrap();
+    let vp = block_on(VpThread::spawn(VP, None, binder, partition.clone(), io.clone(), |_, _| ())).unwrap();
     let vp = Arc::new(vp);
     io.vp.set(Arc::downgrade(&vp)).unwrap();
     let boot = Registers { rip: SCRIPT_BASE.into(), ..Registers::default() };
