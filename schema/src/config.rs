@@ -430,7 +430,7 @@ mod tests {
 
     #[test]
     fn an_older_clients_config_asks_for_nothing_new() {
-        let config = message(|builder| drop(builder.get_source().init_boot())).config;
+        let config = message(|builder| builder.get_source().init_boot().set_cmdline("a")).config;
         assert_eq!((config.affinity, config.cpuid_mask), (VpAffinity::Any, Vec::new()));
     }
 
