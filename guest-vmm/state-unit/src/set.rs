@@ -17,9 +17,10 @@ use crate::{SaveSupport, UnitState as State};
 use futures::future::{Either, select};
 use save_restore::SavedStateBlob;
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::{Arc, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 use tracing::Instrument;
 
@@ -162,8 +163,9 @@ impl Shared {
         let phase = Arc::new(phase);
         let deadline = self.enter(&phase);
         phase.begin();
+        let timer = pin!(after_a_turn(timer(deadline)));
         // An end before the deadline counts, even if both are found at once.
-        let late = matches!(select(pin!(phase.finished()), pin!(timer(deadline))).await, Either::Right(_));
+        let late = matches!(select(pin!(phase.finished()), timer).await, Either::Right(_));
         if late {
             phase.close();
         }
@@ -319,6 +321,21 @@ impl Shared {
         };
         Ok(phase.take_saved().into_iter().map(entry).collect())
     }
+}
+
+/// Polls `timer`, which runs already, from when the task comes round again. Many a phase is over by then, and tokio makes a
+/// system call for the first timer of a thread.
+async fn after_a_turn<T: Future>(timer: T) -> T::Output {
+    let mut came_round = false;
+    poll_fn(|context| match std::mem::replace(&mut came_round, true) {
+        true => Poll::Ready(()),
+        false => {
+            context.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await;
+    timer.await
 }
 
 /// A set of units that move together. See the [crate](crate).
