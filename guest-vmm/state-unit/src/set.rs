@@ -510,3 +510,40 @@ impl StateUnits {
         task.await.map_err(|_| no_runtime())?
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::after_a_turn;
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Poll, Wake, Waker};
+
+    #[derive(Default)]
+    struct WakeUps(AtomicUsize);
+
+    impl Wake for WakeUps {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_timer_is_polled_once_its_task_has_come_round() {
+        let wake_ups = Arc::new(WakeUps::default());
+        let waker = Waker::from(wake_ups.clone());
+        let mut context = Context::from_waker(&waker);
+        let mut polls = 0;
+        let timer = poll_fn(|_| {
+            polls += 1;
+            if polls < 2 { Poll::Pending } else { Poll::Ready(polls) }
+        });
+        let mut timer = pin!(after_a_turn(timer));
+        assert_eq!(timer.as_mut().poll(&mut context), Poll::Pending);
+        assert_eq!(wake_ups.0.load(Ordering::Relaxed), 1, "it asks for the next turn itself");
+        assert_eq!(timer.as_mut().poll(&mut context), Poll::Pending, "this is the timer's first poll");
+        assert_eq!(wake_ups.0.load(Ordering::Relaxed), 1, "and from now on it is the timer that wakes");
+        assert_eq!(timer.as_mut().poll(&mut context), Poll::Ready(2));
+    }
+}
