@@ -3,7 +3,8 @@
 use std::process::{Command, ExitCode, Output};
 
 use anyhow::{Context, ensure};
-use guest_tests::bench::{definitions, units};
+use guest_tests::bench::figure::Definition;
+use guest_tests::bench::{definitions, units, vps};
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::stage::Story;
 use serde_json::{Map, Value};
@@ -19,6 +20,8 @@ fn main() -> ExitCode {
         trial("an_unknown_figure_is_refused", kvm, unknown_figure),
         trial("state_units_are_measured_in_every_graph", &[], state_units),
         trial("graphs_of_state_units_are_not_empty", &[], empty_graphs),
+        trial("vps_are_measured_in_every_count", kvm, virtual_processors),
+        trial("vps_beyond_what_a_guest_can_have_are_refused", &[], too_many_vps),
     ];
     run(trials, || {})
 }
@@ -134,5 +137,50 @@ fn empty_graphs() -> Story {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && rows.is_empty());
     assert!(error.contains("'0'") && error.contains("--counts"), "{error}");
+    Ok(())
+}
+
+fn virtual_processors() -> Story {
+    let (output, rows) = bench(&["vps", "--counts", "1,3"])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let many = [1, 3].into_iter().flat_map(|vps| vps::OF_MANY.iter().map(move |figure| (vps, figure)));
+    let expected: Vec<_> = many.chain(vps::OF_ONE.iter().map(|figure| (1, figure))).collect();
+    let table = String::from_utf8_lossy(&output.stdout);
+    // How many rounds there were, and the head of the table.
+    assert_eq!((rows.len(), table.lines().count()), (expected.len(), 2 + rows.len()), "{table}");
+    for (((vps, figure), row), line) in expected.into_iter().zip(&rows).zip(table.lines().skip(2)) {
+        let words: Vec<_> = line.split_whitespace().take(2).collect();
+        assert_eq!(words, [&vps.to_string(), figure.name], "{line}");
+        well_formed_vps(vps, figure, row, &rows)?;
+    }
+    Ok(())
+}
+
+fn well_formed_vps(
+    vps: i32,
+    figure: &Definition,
+    row: &Map<String, Value>,
+    rows: &[Map<String, Value>],
+) -> Story {
+    assert_eq!((&row["vps"], &row["name"]), (&vps.into(), &figure.name.into()), "{row:?}");
+    let same_count = rows.iter().filter(|other| other["vps"] == vps).map(without_vps);
+    let row = without_vps(row);
+    well_formed(&row, &same_count.collect::<Vec<_>>())?;
+    assert_eq!(row["bar"].as_f64(), figure.bar, "{row:?}");
+    let met = row["ratio"].as_f64().zip(figure.bar).map(|(ratio, bar)| ratio <= bar);
+    assert_eq!(row["met"].as_bool(), met, "{row:?}");
+    Ok(())
+}
+
+/// The figure itself.
+fn without_vps(row: &Map<String, Value>) -> Map<String, Value> {
+    row.iter().filter(|(key, _)| *key != "vps").map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+fn too_many_vps() -> Story {
+    let (output, rows) = bench(&["vps", "--counts", "255"])?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && rows.is_empty());
+    assert!(error.contains("255") && error.contains("--counts"), "{error}");
     Ok(())
 }

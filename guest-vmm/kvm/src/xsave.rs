@@ -32,17 +32,21 @@ pub(crate) fn get(vcpu: &VcpuFd, host: &Host) -> Result<Xsave, KvmError> {
 }
 
 fn bytes(region: &[u32], rest: &[u32]) -> Xsave {
-    Xsave(region.iter().chain(rest).flat_map(|word| word.to_le_bytes()).collect())
+    let mut bytes = vec![0; size_of_val(region) + size_of_val(rest)];
+    let (first, second) = bytes.split_at_mut(size_of_val(region));
+    for (bytes, words) in [(first, region), (second, rest)] {
+        bytes.as_chunks_mut().0.iter_mut().zip(words).for_each(|(to, word)| *to = word.to_le_bytes());
+    }
+    Xsave(bytes)
 }
 
 /// A state of another size than the host's is taken if nothing of it is lost.
 pub(crate) fn set(vcpu: &VcpuFd, host: &Host, value: &Xsave) -> Result<(), KvmError> {
     let mut buffer = buffer(host);
-    let mut words = value.0.chunks(size_of::<u32>()).map(|chunk| {
-        let mut word = [0; size_of::<u32>()];
-        word[..chunk.len()].copy_from_slice(chunk);
-        u32::from_le_bytes(word)
-    });
+    let (chunks, incomplete) = value.0.as_chunks();
+    let mut last = [0; size_of::<u32>()];
+    last[..incomplete.len()].copy_from_slice(incomplete);
+    let mut words = chunks.iter().chain([&last]).map(|bytes| u32::from_le_bytes(*bytes));
     // SAFETY: only the state is written, not the length of what is behind it.
     let kvm_xsave2 { xsave, .. } = unsafe { buffer.as_mut_fam_struct() };
     xsave.region.iter_mut().zip(&mut words).for_each(|(to, word)| *to = word);

@@ -17,9 +17,10 @@ use crate::{SaveSupport, UnitState as State};
 use futures::future::{Either, select};
 use save_restore::SavedStateBlob;
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::{Arc, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 use tracing::Instrument;
 
@@ -162,8 +163,9 @@ impl Shared {
         let phase = Arc::new(phase);
         let deadline = self.enter(&phase);
         phase.begin();
+        let timer = pin!(after_a_turn(timer(deadline)));
         // An end before the deadline counts, even if both are found at once.
-        let late = matches!(select(pin!(phase.finished()), pin!(timer(deadline))).await, Either::Right(_));
+        let late = matches!(select(pin!(phase.finished()), timer).await, Either::Right(_));
         if late {
             phase.close();
         }
@@ -319,6 +321,21 @@ impl Shared {
         };
         Ok(phase.take_saved().into_iter().map(entry).collect())
     }
+}
+
+/// Polls `timer`, which runs already, from when the task comes round again. Many a phase is over by then, and tokio makes a
+/// system call for the first timer of a thread.
+async fn after_a_turn<T: Future>(timer: T) -> T::Output {
+    let mut came_round = false;
+    poll_fn(|context| match std::mem::replace(&mut came_round, true) {
+        true => Poll::Ready(()),
+        false => {
+            context.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await;
+    timer.await
 }
 
 /// A set of units that move together. See the [crate](crate).
@@ -491,5 +508,42 @@ impl StateUnits {
             result
         });
         task.await.map_err(|_| no_runtime())?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::after_a_turn;
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Poll, Wake, Waker};
+
+    #[derive(Default)]
+    struct WakeUps(AtomicUsize);
+
+    impl Wake for WakeUps {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_timer_is_polled_once_its_task_has_come_round() {
+        let wake_ups = Arc::new(WakeUps::default());
+        let waker = Waker::from(wake_ups.clone());
+        let mut context = Context::from_waker(&waker);
+        let mut polls = 0;
+        let timer = poll_fn(|_| {
+            polls += 1;
+            if polls < 2 { Poll::Pending } else { Poll::Ready(polls) }
+        });
+        let mut timer = pin!(after_a_turn(timer));
+        assert_eq!(timer.as_mut().poll(&mut context), Poll::Pending);
+        assert_eq!(wake_ups.0.load(Ordering::Relaxed), 1, "it asks for the next turn itself");
+        assert_eq!(timer.as_mut().poll(&mut context), Poll::Pending, "this is the timer's first poll");
+        assert_eq!(wake_ups.0.load(Ordering::Relaxed), 1, "and from now on it is the timer that wakes");
+        assert_eq!(timer.as_mut().poll(&mut context), Poll::Ready(2));
     }
 }

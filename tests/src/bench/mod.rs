@@ -1,5 +1,5 @@
 //! The benchmarks: what a guest's life costs, beside what the bare system calls of the same cost in the same run; and in
-//! [`units`] what a transition of state units costs, beside bare channels.
+//! [`units`] what a transition of state units costs, beside bare channels, and in [`vps`] what VPs cost.
 //!
 //! Parts: [`figure`] is what is measured and what comes of it; each other module is a group of figures, which `GROUPS` lists.
 //! In every round every group takes its turn, so that whatever else the machine does meanwhile hits the floor and guestd alike.
@@ -16,6 +16,7 @@ mod life;
 mod lost_client;
 mod rpc;
 pub mod units;
+pub mod vps;
 
 use std::path::Path;
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use guest_tests::bench::{self, figure, units};
+use guest_tests::bench::{self, figure, units, vps};
 use serde::Serialize;
 
 /// Measures guestd beside the bare system calls and channels that it is made of, in the same run.
@@ -29,6 +29,10 @@ enum Benchmark {
     Life(Life),
     /// Transitions of state units, each with 64 bytes of saved state, in graphs of three shapes
     Units(Units),
+    /// Virtual processors, in this process: start and stop, pause and resume, an exit, a kick, save and restore
+    ///
+    /// It needs /dev/kvm, and no other program.
+    Vps(Vps),
     /// Be the client that is killed
     #[command(hide = true)]
     Hold {
@@ -58,6 +62,17 @@ struct Units {
     counts: Vec<u32>,
 }
 
+#[derive(Debug, Args)]
+struct Vps {
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// How many VPs are started and stopped
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 8, 64])]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=254))]
+    counts: Vec<u32>,
+}
+
 fn main() -> anyhow::Result<()> {
     let Arguments { json, allow_debug, benchmark } = Arguments::parse();
     if !allow_debug && !matches!(benchmark, Benchmark::Hold { .. }) {
@@ -66,6 +81,7 @@ fn main() -> anyhow::Result<()> {
     match benchmark {
         Benchmark::Life(life) => write(json.as_deref(), &measure_life(&life)?),
         Benchmark::Units(units) => write(json.as_deref(), &measure_units(units)?),
+        Benchmark::Vps(vps) => write(json.as_deref(), &measure_vps(vps)?),
         Benchmark::Hold { socket } => block_on(bench::hold(&socket)),
     }
 }
@@ -87,6 +103,14 @@ fn measure_units(Units { rounds, counts }: Units) -> anyhow::Result<Vec<units::R
     let counts = counts.into_iter().map(usize::try_from).collect::<Result<_, _>>()?;
     let rows = units::measure(&units::Plan { units: counts, rounds })?;
     print!("{}", units::table(&rows));
+    Ok(rows)
+}
+
+fn measure_vps(Vps { rounds, counts }: Vps) -> anyhow::Result<Vec<vps::Row>> {
+    bench::check_kvm()?;
+    let rows = vps::measure(&vps::Plan { counts, rounds })?;
+    println!("{rounds} rounds");
+    print!("{}", vps::table(&rows));
     Ok(rows)
 }
 
