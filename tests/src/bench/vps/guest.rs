@@ -45,7 +45,7 @@ impl GuestVps {
             let halt = halt.clone();
             // The one that a halt is reported to may be gone.
             let on_halt = move |_, reason| drop(halt.send(reason));
-            VpThread::spawn(VpIndex(vp), binder, partition.clone(), bus.clone(), on_halt)
+            VpThread::spawn(VpIndex(vp), None, binder, partition.clone(), bus.clone(), on_halt)
         });
         let threads = try_join_all(threads).await?;
         for thread in &threads {
