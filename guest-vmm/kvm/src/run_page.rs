@@ -4,7 +4,6 @@
 #![expect(unsafe_code, reason = "memory shared with the kernel is mapped and read by its layout")]
 
 use crate::exit::{Data, Emulation, Exit};
-use crate::kick::Kick;
 use kvm_bindings::*;
 use std::io;
 use std::mem::offset_of;
@@ -68,12 +67,12 @@ impl Drop for RunMapping {
 }
 
 /// What only the VP's thread looks at, while the VP is out of the guest.
-pub(crate) struct RunPage(Arc<Kick>);
+pub(crate) struct RunPage(Arc<RunMapping>);
 
 /// Reads a field of `kvm_run`.
 macro_rules! field {
     ($page:expr, $($field:tt)+) => {{
-        let run = $page.0.page.run();
+        let run = $page.0.run();
         // SAFETY: the mapping is as large as the type, every bit pattern is a value of these integers, and the kernel does not
         // write while the VP's thread is here. The exit reason says which member of the union is in use.
         unsafe { (&raw const (*run).$($field)+).read_volatile() }
@@ -82,8 +81,8 @@ macro_rules! field {
 
 impl RunPage {
     /// The only page of this mapping: the caller makes no other.
-    pub(crate) fn new(kick: Arc<Kick>) -> Self {
-        Self(kick)
+    pub(crate) fn new(mapping: Arc<RunMapping>) -> Self {
+        Self(mapping)
     }
 
     /// Why KVM_RUN came back.
@@ -145,11 +144,11 @@ impl RunPage {
     /// The data of an exit. Empty if it is not in the mapping, which KVM does not do.
     pub(crate) fn data(&mut self, data: Data) -> &mut [u8] {
         let Data { offset, len } = data;
-        if offset.checked_add(len).is_none_or(|end| end > self.0.page.size) || offset < size_of::<u64>() {
+        if offset.checked_add(len).is_none_or(|end| end > self.0.size) || offset < size_of::<u64>() {
             return &mut [];
         }
         // SAFETY: in the mapping, as was just checked, and behind the byte that other threads write; the kernel does not write
         // while the VP's thread is here, and `self` is the only way to this memory and is borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.0.page.base.as_ptr().add(offset), len) }
+        unsafe { std::slice::from_raw_parts_mut(self.0.base.as_ptr().add(offset), len) }
     }
 }

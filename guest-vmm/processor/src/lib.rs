@@ -21,6 +21,7 @@ mod partition;
 pub mod scripted;
 mod state;
 mod stop;
+mod sync;
 mod thread;
 
 pub use debug::{AccessKind, DebugCapabilities, DebugState, HardwareBreakpoint};

@@ -8,21 +8,24 @@
 //! processor or in a device that the VP calls, ends the thread and no more than it: see [`VpThread::spawn`].
 
 mod executor;
+#[cfg(test)]
+mod model;
 mod task;
 
+use crate::sync::oneshot;
+use crate::sync::thread::{Builder, JoinHandle};
 use crate::{
     BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, VpFault, VpHaltReason,
     VpIndex, Vtl,
 };
 use executor::{Wakeup, block_on};
-use futures::channel::{mpsc, oneshot};
+use futures::channel::mpsc;
 use inspect::Deferred;
 use std::any::Any;
 use std::convert::Infallible;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
 use task::{Command, VpTask};
 
 /// A VP whose thread has ended: it panicked, or the VP is being shut down.
@@ -233,11 +236,11 @@ fn run_thread<B: BindProcessor>(
         Ok(processor) => processor,
         Err(error) => return drop(bound.send(Err(error))),
     };
+    let wakeup = Wakeup::new(vp, partition);
     if bound.send(Ok(())).is_err() {
         return; // Whoever wanted the VP has gone away meanwhile.
     }
     let served = catch_unwind(AssertUnwindSafe(|| {
-        let wakeup = Wakeup::new(vp, partition);
         let on_halt = &on_halt;
         let task = VpTask { vp, processor, commands, io, wakeup: wakeup.clone(), on_halt, running: false };
         block_on(&wakeup, task.serve());

@@ -2,11 +2,12 @@
 
 use super::VpError;
 use super::executor::Wakeup;
+use crate::sync::oneshot;
 use crate::{
     CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StopVpSource, VpHaltReason, VpIndex, Vtl,
 };
 use futures::StreamExt;
-use futures::channel::{mpsc, oneshot};
+use futures::channel::mpsc;
 use futures::future::{Either, select};
 use inspect::Deferred;
 use std::convert::Infallible;
