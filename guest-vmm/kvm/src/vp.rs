@@ -327,9 +327,12 @@ impl Processor for KvmProcessor {
 
 impl KvmProcessor {
     fn put_back(&mut self, state: &VpState) -> Result<(), KvmError> {
-        // Or what is pending would be completed in the new state.
+        // Or what is pending would be completed in the new state: every access of the instruction, whatever devices would say.
         self.flush_async_requests()?;
-        self.pending = Pending::Nothing;
+        while self.pending == Pending::Exit {
+            self.pending = Pending::Completion;
+            self.flush_async_requests()?;
+        }
         // An INIT that is pending is taken now, or it would come after the new state.
         self.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
         Ok(state.restore(&mut KvmState::new(self))?)

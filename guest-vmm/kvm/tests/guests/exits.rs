@@ -269,6 +269,19 @@ fn a_guest_that_was_reset_after_a_fault_or_a_power_off_runs() {
 }
 
 #[test]
+fn a_reset_ends_an_instruction_that_was_in_the_middle_of_its_accesses() {
+    // mov [MMIO_RESET], eax: two bytes on this page, which reset, and two on the next, that nobody asks for any more.
+    let guest = Guest::new(Mode::Flat, &[&[0xa3, 0xfe, 0x0f, 0, 0xd0][..], &SPIN].concat());
+    for round in 1..=3 {
+        guest.start();
+        assert!(matches!(guest.halt(), VpHaltReason::Reset));
+        guest.reset();
+        assert_eq!(guest.rip(), CODE);
+        assert_eq!(guest.bus.look(|state| state.mmio.len()), round, "each life makes its first access anew");
+    }
+}
+
+#[test]
 fn rounds_of_start_and_stop_lose_no_kick() {
     let guest = Guest::new(Mode::Real, &SPIN);
     for _ in 0..rounds(10_000) {
