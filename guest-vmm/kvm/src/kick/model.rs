@@ -158,3 +158,13 @@ fn an_nmi_is_taken_once_wherever_the_vp_is() {
         slot.kick();
     });
 }
+
+#[test]
+fn a_kick_of_a_vp_that_is_yet_to_be_bound_is_kept() {
+    explore(|| {
+        let ((kvm, kick), slot) = (new_vp(), KickSlot::default());
+        slot.kick();
+        slot.bind(kick.clone());
+        kick.in_run(|| kvm.run());
+    });
+}

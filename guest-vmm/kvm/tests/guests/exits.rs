@@ -2,7 +2,8 @@
 
 use crate::guest::{CODE, Guest, IDT, MMIO, Mode, PATIENCE, rounds};
 use futures::executor::block_on;
-use processor::{MpState, MsiRequest, Registers, VpHaltReason};
+use processor::{DebugState, MpState, MsiRequest, Registers, VpHaltReason};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -288,6 +289,31 @@ fn rounds_of_start_and_stop_lose_no_kick() {
         guest.start();
         guest.stop();
     }
+    guest.assert_no_halt();
+}
+
+#[test]
+fn rounds_of_start_and_stop_among_other_calls_lose_no_kick() {
+    // The handler of non-maskable interrupts: iret. The code: jmp to itself.
+    let guest = Guest::new(Mode::Real, &SPIN);
+    guest.memory.write_obj(0x1800_u32, GuestAddress(2 * 4)).unwrap();
+    guest.memory.write_slice(&[0xcf], GuestAddress(0x1800)).unwrap();
+    let (vp, partition, over) = (&guest.vps[0], &*guest.partition, AtomicBool::new(false));
+    let until_over = |call: &dyn Fn()| {
+        while !over.load(Ordering::Relaxed) {
+            call();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| until_over(&|| block_on(vp.access(|_| ())).unwrap()));
+        scope.spawn(|| until_over(&|| block_on(vp.set_debug_state(Some(DebugState::default()))).unwrap()));
+        scope.spawn(|| until_over(&|| partition.inject_nmi(vp.vp())));
+        for _ in 0..rounds(10_000) {
+            block_on(vp.start()).unwrap();
+            block_on(vp.stop()).unwrap();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
     guest.assert_no_halt();
 }
 
