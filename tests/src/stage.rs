@@ -59,6 +59,12 @@ pub enum Act {
     Reset,
     /// Does what no VP survives.
     Crash,
+    /// Has its VP fault for a reason of a hypervisor's; scripts only.
+    Fault(&'static str),
+    /// Has its VP end in a triple fault.
+    TripleFault,
+    /// Hibernates itself (ACPI S4); scripts only.
+    Hibernate,
     /// Runs without an end.
     Spin,
     /// Halts, with no interrupt to come.
@@ -98,6 +104,9 @@ impl Kind {
             Act::PowerOff => script.out(SLEEP_CONTROL, &[0x34]),
             Act::Reset => script.out(KEYBOARD_COMMAND, &[0xfe]),
             Act::Crash => script.fault(),
+            Act::Fault(reason) => script.fault_named(reason),
+            Act::TripleFault => script.triple_fault(),
+            Act::Hibernate => script.out(SLEEP_CONTROL, &[0x30]),
             Act::Spin => script.out(SERIAL, b"spinning\n").spin(),
             Act::Halt => script.out(SERIAL, b"halting\n").hlt(),
         };
@@ -111,7 +120,8 @@ impl Kind {
             (Self::Scripted, _) => b"!",
             (Self::BuiltIn, Act::PowerOff) => b"poweroff\n",
             (Self::BuiltIn, Act::Reset) => b"reset\n",
-            (Self::BuiltIn, Act::Crash) => b"crash\n",
+            (Self::BuiltIn, Act::Crash | Act::TripleFault) => b"crash\n",
+            (Self::BuiltIn, Act::Fault(_) | Act::Hibernate) => unimplemented!("scripts only: {act:?}"),
             (Self::BuiltIn, Act::Spin) => b"spin\n",
             (Self::BuiltIn, Act::Halt) => b"halt\n",
         }

@@ -27,18 +27,21 @@ use tokio::sync::mpsc;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
 
-/// A story, and what is injected into scripted guests for it; such a story is played on scripts only.
+/// A story, and what is injected into scripted guests for it; such a story is played on scripts only, as are those of what only
+/// a script can do.
 struct Script {
     name: &'static str,
     faults: &'static str,
+    scripts_only: bool,
     play: fn(Stage) -> Played,
 }
 
 macro_rules! stories {
-    ($($name:ident $(with $faults:literal)?;)*) => {
+    ($($name:ident $(with $faults:literal)? $(on $only:ident)?;)*) => {
         const STORIES: &[Script] = &[$(Script {
             name: stringify!($name),
             faults: concat!($($faults)?),
+            scripts_only: !concat!($($faults)? $(stringify!($only))?).is_empty(),
             play: |stage| Box::pin($name(stage)),
         }),*];
     };
@@ -72,6 +75,9 @@ stories! {
     a_create_may_follow_a_stop_at_once;
     a_guest_is_paused_and_resumed;
     a_crash_is_a_runtime_failure_with_registers;
+    a_fault_of_any_name_is_told_with_it on scripts;
+    a_triple_fault_is_a_runtime_failure_with_registers;
+    a_guest_that_hibernates_ends_cleanly on scripts;
     a_reset_restarts_the_guest;
     a_reset_stops_the_guest_if_it_is_to;
     an_operators_reset_restarts_the_guest;
@@ -102,7 +108,7 @@ fn main() -> ExitCode {
     for script in STORIES {
         for kind in [Kind::Scripted, Kind::BuiltIn] {
             for channel in [Channel::Direct, Channel::Proxied] {
-                if kind == Kind::Scripted || script.faults.is_empty() {
+                if kind == Kind::Scripted || !script.scripts_only {
                     trials.push(rehearse(script, kind, channel));
                 }
             }
@@ -512,6 +518,44 @@ async fn a_crash_is_a_runtime_failure_with_registers(stage: Stage) -> Story {
     }
     let exit = running.guest.terminated().await?;
     expect("exit", (exit.outcome, exit.code), (Outcome::Crashed, Some(GuestError::VcpuRuntimeFailure)))
+}
+
+async fn a_fault_of_any_name_is_told_with_it(stage: Stage) -> Story {
+    for name in ["KVM_EXIT_HYPERCALL", "the processor refused to enter the guest (KVM_EXIT_FAIL_ENTRY)"] {
+        let player = stage.launch("").await?;
+        let act = Act::Fault(name);
+        let running = player.play(act).await?;
+        player.cue(&running, act).await?;
+        let (code, detail) = refused(running.run.await)?;
+        expect("run", code, GuestError::VcpuRuntimeFailure)?;
+        for words in [&format!("VP 0: {name}; "), "rip=0x"] {
+            says(&detail, words)?;
+        }
+    }
+    Ok(())
+}
+
+async fn a_triple_fault_is_a_runtime_failure_with_registers(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::TripleFault).await?;
+    player.cue(&running, Act::TripleFault).await?;
+    let (code, detail) = refused(running.run.await)?;
+    expect("run", code, GuestError::VcpuRuntimeFailure)?;
+    for words in ["VP 0: triple fault", "rip=0x"] {
+        says(&detail, words)?;
+    }
+    let exit = running.guest.terminated().await?;
+    expect("exit", (exit.outcome, exit.code), (Outcome::Crashed, Some(GuestError::VcpuRuntimeFailure)))
+}
+
+async fn a_guest_that_hibernates_ends_cleanly(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let running = player.play(Act::Hibernate).await?;
+    player.cue(&running, Act::Hibernate).await?;
+    running.run.await?;
+    let exit = running.guest.terminated().await?;
+    expect("exit", (exit.outcome, exit.code), (Outcome::Clean, None))?;
+    says(&exit.detail, "the guest hibernated itself")
 }
 
 async fn a_reset_restarts_the_guest(stage: Stage) -> Story {

@@ -1,8 +1,8 @@
-//! The registers with which a guest powers itself off or resets itself in hardware-reduced ACPI (ACPI 6.5, 4.8.3.7 sleep control
+//! The registers with which a guest powers itself off, hibernates or resets itself in hardware-reduced ACPI (ACPI 6.5, 4.8.3.7 sleep control
 //! and status registers, 4.8.3.6 reset register).
 //!
-//! One window of three ports: sleep control, sleep status, reset. Only S5 is offered, so the status register never reports a
-//! wake.
+//! One window of three ports: sleep control, sleep status, reset. S4 and S5 are offered, both of which end the guest, so the
+//! status register never reports a wake: a guest that has hibernated finds its image on its disk when it boots.
 
 use crate::ByteRegisters;
 use inspect::{Inspect, Request};
@@ -27,17 +27,22 @@ impl AcpiPower {
     pub const RESET: u16 = 2;
     /// How many ports the registers take.
     pub const PORTS: u16 = 3;
+    /// The sleep type that stands for S4, hibernation: what the `\_S4` package says.
+    pub const SLEEP_TYPE_S4: u8 = 4;
     /// The sleep type that stands for S5, soft off: what the `\_S5` package says.
     pub const SLEEP_TYPE_S5: u8 = 5;
     /// What resets the guest when it is written to the reset register.
     pub const RESET_VALUE: u8 = 1;
 
     fn sleep(value: u8) -> ControlFlow<PowerRequest> {
-        let sleep_type = (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK;
-        if value & SLEEP_ENABLE != 0 && sleep_type == Self::SLEEP_TYPE_S5 {
-            return ControlFlow::Break(PowerRequest::PowerOff);
+        if value & SLEEP_ENABLE == 0 {
+            return ControlFlow::Continue(());
         }
-        ControlFlow::Continue(())
+        match value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK {
+            Self::SLEEP_TYPE_S4 => ControlFlow::Break(PowerRequest::Hibernate),
+            Self::SLEEP_TYPE_S5 => ControlFlow::Break(PowerRequest::PowerOff),
+            _ => ControlFlow::Continue(()),
+        }
     }
 }
 
@@ -76,6 +81,7 @@ impl Inspect for AcpiPower {
         request
             .respond()
             .field("ports", &Self::PORTS)
+            .hex("sleep_type_s4", Self::SLEEP_TYPE_S4)
             .hex("sleep_type_s5", Self::SLEEP_TYPE_S5)
             .hex("reset_value", Self::RESET_VALUE);
     }
@@ -95,13 +101,20 @@ mod tests {
     }
 
     #[test]
+    fn s4_with_sleep_enable_hibernates() {
+        assert_eq!(AcpiPower.write(0, &[0x10]), ControlFlow::Continue(()));
+        assert_eq!(AcpiPower.write(0, &[0x30]), ControlFlow::Break(PowerRequest::Hibernate));
+    }
+
+    #[test]
     fn nothing_of_it_is_the_guests() {
-        assert_eq!(observed(&mut AcpiPower).to_string(), "ports: 3\nsleep_type_s5: 0x5\nreset_value: 0x1\n");
+        let shown = "ports: 3\nsleep_type_s4: 0x4\nsleep_type_s5: 0x5\nreset_value: 0x1\n";
+        assert_eq!(observed(&mut AcpiPower).to_string(), shown);
     }
 
     #[test]
     fn other_sleep_types_do_nothing() {
-        for sleep_type in (0..8).filter(|t| *t != AcpiPower::SLEEP_TYPE_S5) {
+        for sleep_type in [0, 1, 2, 3, 6, 7] {
             let value = SLEEP_ENABLE | (sleep_type << SLEEP_TYPE_SHIFT);
             assert_eq!(AcpiPower.write(0, &[value]), ControlFlow::Continue(()), "type {sleep_type}");
         }

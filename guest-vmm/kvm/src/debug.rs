@@ -62,11 +62,13 @@ fn control_bits(number: usize, breakpoint: &HardwareBreakpoint) -> Result<u64, N
 /// Why a VP that is debugged has left the guest, by the DR6 that the exit reports.
 pub(crate) fn reason(state: Option<&DebugState>, dr6: u64) -> Option<VpHaltReason> {
     let DebugState { single_step, breakpoints } = state?;
-    let hit = breakpoints.iter().enumerate().find(|(number, _)| dr6 >> number & 1 == 1);
-    match hit {
-        Some((_, Some(breakpoint))) => Some(VpHaltReason::HwBreak(*breakpoint)),
-        _ if *single_step && dr6 & SINGLE_STEP != 0 => Some(VpHaltReason::SingleStep),
-        _ => None,
+    // A bit may be set for a register that is not in use, if its address and kind fit (volume 3, section 18.2.3).
+    let hit = |number: usize| dr6 >> number & 1 == 1;
+    let mut in_use = breakpoints.iter().enumerate().filter_map(|(number, b)| b.map(|b| (number, b)));
+    match in_use.find(|(number, _)| hit(*number)) {
+        Some((_, breakpoint)) => Some(VpHaltReason::HwBreak(breakpoint)),
+        None if *single_step && dr6 & SINGLE_STEP != 0 => Some(VpHaltReason::SingleStep),
+        None => None,
     }
 }
 
@@ -95,6 +97,8 @@ mod tests {
         let watched = breakpoint(0x2000, 8, AccessKind::Write);
         let state = DebugState { single_step: true, breakpoints: [None, Some(watched), None, None] };
         assert!(matches!(reason(Some(&state), 0xffff_0ff2), Some(VpHaltReason::HwBreak(b)) if b == watched));
+        assert!(matches!(reason(Some(&state), 0xffff_0ff3), Some(VpHaltReason::HwBreak(b)) if b == watched));
+        assert!(matches!(reason(Some(&state), 0xffff_4ff1), Some(VpHaltReason::SingleStep)));
         assert!(matches!(reason(Some(&state), 0xffff_4ff0), Some(VpHaltReason::SingleStep)));
         assert!(reason(Some(&state), 0xffff_0ff0).is_none());
         assert!(reason(None, 0xffff_4ff1).is_none());

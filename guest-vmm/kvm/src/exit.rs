@@ -67,28 +67,46 @@ pub(crate) enum Exit {
     },
 }
 
-/// The names of exits that end a VP, as KVM's header has them.
-const NAMES: [(u32, &str); 19] = [
-    (KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN"),
-    (KVM_EXIT_EXCEPTION, "KVM_EXIT_EXCEPTION"),
-    (KVM_EXIT_HYPERCALL, "KVM_EXIT_HYPERCALL"),
-    (KVM_EXIT_HLT, "KVM_EXIT_HLT"),
-    (KVM_EXIT_IRQ_WINDOW_OPEN, "KVM_EXIT_IRQ_WINDOW_OPEN"),
-    (KVM_EXIT_INTR, "KVM_EXIT_INTR"),
-    (KVM_EXIT_SET_TPR, "KVM_EXIT_SET_TPR"),
-    (KVM_EXIT_TPR_ACCESS, "KVM_EXIT_TPR_ACCESS"),
-    (KVM_EXIT_NMI, "KVM_EXIT_NMI"),
-    (KVM_EXIT_WATCHDOG, "KVM_EXIT_WATCHDOG"),
-    (KVM_EXIT_HYPERV, "KVM_EXIT_HYPERV"),
-    (KVM_EXIT_X86_RDMSR, "KVM_EXIT_X86_RDMSR"),
-    (KVM_EXIT_X86_WRMSR, "KVM_EXIT_X86_WRMSR"),
-    (KVM_EXIT_DIRTY_RING_FULL, "KVM_EXIT_DIRTY_RING_FULL"),
-    (KVM_EXIT_AP_RESET_HOLD, "KVM_EXIT_AP_RESET_HOLD"),
-    (KVM_EXIT_X86_BUS_LOCK, "KVM_EXIT_X86_BUS_LOCK"),
-    (KVM_EXIT_XEN, "KVM_EXIT_XEN"),
-    (KVM_EXIT_NOTIFY, "KVM_EXIT_NOTIFY"),
-    (KVM_EXIT_MEMORY_FAULT, "KVM_EXIT_MEMORY_FAULT"),
-];
+/// Pairs each exit with its name.
+macro_rules! names {
+    ($($exit:ident)*) => { [$(($exit, stringify!($exit)),)*] };
+}
+
+/// The names of the exits that end a VP and have no more to tell, as KVM's header has them; those of other architectures too.
+const NAMES: [(u32, &str); 32] = names! {
+    KVM_EXIT_UNKNOWN
+    KVM_EXIT_EXCEPTION
+    KVM_EXIT_HYPERCALL
+    KVM_EXIT_HLT
+    KVM_EXIT_IRQ_WINDOW_OPEN
+    KVM_EXIT_INTR
+    KVM_EXIT_SET_TPR
+    KVM_EXIT_TPR_ACCESS
+    KVM_EXIT_S390_SIEIC
+    KVM_EXIT_S390_RESET
+    KVM_EXIT_DCR
+    KVM_EXIT_NMI
+    KVM_EXIT_OSI
+    KVM_EXIT_PAPR_HCALL
+    KVM_EXIT_S390_UCONTROL
+    KVM_EXIT_WATCHDOG
+    KVM_EXIT_S390_TSCH
+    KVM_EXIT_EPR
+    KVM_EXIT_S390_STSI
+    KVM_EXIT_HYPERV
+    KVM_EXIT_ARM_NISV
+    KVM_EXIT_X86_RDMSR
+    KVM_EXIT_X86_WRMSR
+    KVM_EXIT_DIRTY_RING_FULL
+    KVM_EXIT_AP_RESET_HOLD
+    KVM_EXIT_X86_BUS_LOCK
+    KVM_EXIT_XEN
+    KVM_EXIT_RISCV_SBI
+    KVM_EXIT_RISCV_CSR
+    KVM_EXIT_NOTIFY
+    KVM_EXIT_LOONGARCH_IOCSR
+    KVM_EXIT_MEMORY_FAULT
+};
 
 /// The name of an exit reason that this crate does not handle.
 pub(crate) fn name(reason: u32) -> Option<&'static str> {

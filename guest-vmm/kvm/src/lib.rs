@@ -1,7 +1,7 @@
 //! KVM as a hypervisor behind the processor seam: the only crate with KVM ioctls.
 //!
 //! Parts: `hypervisor` the device and what the host can do, `partition` a virtual machine, `vp` a VP on its thread, `exit` what a
-//! VP's run comes back with, `run_page` the memory in which it does, `kick` how it is got out of the guest, `cpuid` what a VP
+//! VP's run comes back with, `run_page` the memory in which it does, `kick` how it is got out of the guest, with `run_thread` for the thread that is in it, `cpuid` what a VP
 //! is told of itself, `routes` which ends of interrupts are reported, `state` the table of a VP's state, with `convert`, `msrs`,
 //! `tsc` and `xsave` for its entries, `time` a partition's time, `debug` a debugger's wishes, `fault` the words for a VP that
 //! cannot go on.
@@ -25,7 +25,9 @@ mod msrs;
 mod partition;
 mod routes;
 mod run_page;
+mod run_thread;
 mod state;
+mod sync;
 mod time;
 mod tsc;
 mod unavailable;

@@ -4,7 +4,6 @@
 #![expect(unsafe_code, reason = "memory shared with the kernel is mapped and read by its layout")]
 
 use crate::exit::{Data, Emulation, Exit};
-use crate::kick::Kick;
 use kvm_bindings::*;
 use std::io;
 use std::mem::offset_of;
@@ -68,12 +67,12 @@ impl Drop for RunMapping {
 }
 
 /// What only the VP's thread looks at, while the VP is out of the guest.
-pub(crate) struct RunPage(Arc<Kick>);
+pub(crate) struct RunPage(Arc<RunMapping>);
 
 /// Reads a field of `kvm_run`.
 macro_rules! field {
     ($page:expr, $($field:tt)+) => {{
-        let run = $page.0.page.run();
+        let run = $page.0.run();
         // SAFETY: the mapping is as large as the type, every bit pattern is a value of these integers, and the kernel does not
         // write while the VP's thread is here. The exit reason says which member of the union is in use.
         unsafe { (&raw const (*run).$($field)+).read_volatile() }
@@ -82,8 +81,8 @@ macro_rules! field {
 
 impl RunPage {
     /// The only page of this mapping: the caller makes no other.
-    pub(crate) fn new(kick: Arc<Kick>) -> Self {
-        Self(kick)
+    pub(crate) fn new(mapping: Arc<RunMapping>) -> Self {
+        Self(mapping)
     }
 
     /// Why KVM_RUN came back.
@@ -145,11 +144,93 @@ impl RunPage {
     /// The data of an exit. Empty if it is not in the mapping, which KVM does not do.
     pub(crate) fn data(&mut self, data: Data) -> &mut [u8] {
         let Data { offset, len } = data;
-        if offset.checked_add(len).is_none_or(|end| end > self.0.page.size) || offset < size_of::<u64>() {
+        if offset.checked_add(len).is_none_or(|end| end > self.0.size) || offset < size_of::<u64>() {
             return &mut [];
         }
         // SAFETY: in the mapping, as was just checked, and behind the byte that other threads write; the kernel does not write
         // while the VP's thread is here, and `self` is the only way to this memory and is borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.0.page.base.as_ptr().add(offset), len) }
+        unsafe { std::slice::from_raw_parts_mut(self.0.base.as_ptr().add(offset), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::reason;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use vmm_sys_util::tempfile::TempFile;
+
+    const SIZE: usize = size_of::<kvm_run>() + 4096;
+
+    /// A page as KVM would leave it: the exit's number, and what belongs to it at its offset in the page.
+    fn page(number: u32, parts: &[(usize, &[u8])]) -> RunPage {
+        let file: File = TempFile::new().unwrap().into_file();
+        file.set_len(SIZE as u64).unwrap();
+        file.write_all_at(&number.to_ne_bytes(), offset_of!(kvm_run, exit_reason) as u64).unwrap();
+        for (offset, bytes) in parts {
+            file.write_all_at(bytes, *offset as u64).unwrap();
+        }
+        RunPage::new(Arc::new(RunMapping::new(&file, SIZE).unwrap()))
+    }
+
+    /// Where what belongs to an exit begins.
+    const DETAILS: usize = offset_of!(kvm_run, __bindgen_anon_1);
+
+    #[test]
+    fn every_exit_of_kvm_is_handled_or_a_fault_with_its_name() {
+        // The header numbers them without a gap, and this is the last that it has.
+        for number in 0..=KVM_EXIT_MEMORY_FAULT {
+            let exit = page(number, &[]).exit();
+            let expected = match exit {
+                Exit::IoIn { .. } | Exit::IoOut { .. } => KVM_EXIT_IO,
+                Exit::MmioRead { .. } | Exit::MmioWrite { .. } => KVM_EXIT_MMIO,
+                Exit::IoapicEoi { .. } => KVM_EXIT_IOAPIC_EOI,
+                fault => {
+                    assert!(reason(fault).contains("KVM_EXIT_"), "{number}: {}", reason(fault));
+                    continue;
+                }
+            };
+            assert_eq!(number, expected, "{exit:?}");
+        }
+        let unheard_of = reason(page(KVM_EXIT_MEMORY_FAULT + 1, &[]).exit());
+        assert_eq!(unheard_of, "an exit that nothing handles and KVM has had no name for: 40");
+    }
+
+    #[test]
+    fn an_exit_that_has_its_own_words_says_its_name_in_them() {
+        for (number, name) in [
+            (KVM_EXIT_SHUTDOWN, "(KVM_EXIT_SHUTDOWN)"),
+            (KVM_EXIT_FAIL_ENTRY, "(KVM_EXIT_FAIL_ENTRY)"),
+            (KVM_EXIT_SYSTEM_EVENT, "(KVM_EXIT_SYSTEM_EVENT)"),
+            (KVM_EXIT_DEBUG, "(KVM_EXIT_DEBUG)"),
+            (KVM_EXIT_INTERNAL_ERROR, "(KVM_EXIT_INTERNAL_ERROR)"),
+        ] {
+            let text = reason(page(number, &[]).exit());
+            assert!(text.contains(name), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_instruction_that_kvm_gives_up_on_is_shown() {
+        let words = [KVM_INTERNAL_ERROR_EMULATION, 4].map(u32::to_ne_bytes).concat();
+        let flags = u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES).to_ne_bytes();
+        let instruction = [3, 0x0f, 0xae, 0xf8];
+        let parts = [&words[..], &flags, &instruction].concat();
+        let text = reason(page(KVM_EXIT_INTERNAL_ERROR, &[(DETAILS, &parts)]).exit());
+        assert!(text.ends_with("suberror 1, EMULATION, at the instruction bytes 0f ae f8"), "{text}");
+        let without_flag = [&words[..], &[0; 8], &instruction].concat();
+        let text = reason(page(KVM_EXIT_INTERNAL_ERROR, &[(DETAILS, &without_flag)]).exit());
+        assert!(text.ends_with("suberror 1, EMULATION"), "{text}");
+    }
+
+    #[test]
+    fn what_lies_outside_of_the_page_is_no_data() {
+        let mut page = page(KVM_EXIT_UNKNOWN, &[(DETAILS, &[1, 2, 3])]);
+        assert_eq!(page.data(Data { offset: DETAILS, len: 3 }), [1, 2, 3]);
+        assert_eq!(page.data(Data { offset: SIZE - 1, len: 1 }), [0]);
+        for (offset, len) in [(SIZE - 1, 2), (SIZE, 1), (usize::MAX, 2), (0, 8)] {
+            assert!(page.data(Data { offset, len }).is_empty(), "{len} bytes at {offset}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use crate::kick::Kick;
 use crate::msrs;
 use crate::partition::KvmPartition;
 use crate::run_page::{RunMapping, RunPage};
+use crate::run_thread::RunThread;
 use crate::state::KvmState;
 use crate::time::Pace;
 use crate::tsc;
@@ -54,12 +55,13 @@ impl BindProcessor for KvmBinder {
         }
         let failed = |call| move |source| PartitionError::Call { call, source };
         let mapping = RunMapping::new(&vcpu, host.run_size).map_err(failed("mapping kvm_run"))?;
-        let kick = Kick::new(mapping).map_err(failed("setting up the kick signal"))?;
-        let page = RunPage::new(kick.clone());
+        let mapping = Arc::new(mapping);
+        let page = RunPage::new(mapping.clone());
+        let thread = RunThread::current(mapping).map_err(failed("setting up the kick signal"))?;
         let mut processor = KvmProcessor {
             vcpu,
             page,
-            kick,
+            kick: Kick::new(thread),
             vp,
             cpuid: leaves,
             initial: VpState::default(),
@@ -325,9 +327,12 @@ impl Processor for KvmProcessor {
 
 impl KvmProcessor {
     fn put_back(&mut self, state: &VpState) -> Result<(), KvmError> {
-        // Or what is pending would be completed in the new state.
+        // Or what is pending would be completed in the new state: every access of the instruction, whatever devices would say.
         self.flush_async_requests()?;
-        self.pending = Pending::Nothing;
+        while self.pending == Pending::Exit {
+            self.pending = Pending::Completion;
+            self.flush_async_requests()?;
+        }
         // An INIT that is pending is taken now, or it would come after the new state.
         self.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
         Ok(state.restore(&mut KvmState::new(self))?)

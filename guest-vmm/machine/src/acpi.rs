@@ -3,7 +3,7 @@
 //! RSDP, XSDT, FADT, MADT and DSDT lie in [`layout::ACPI_AREA`], the RSDP first, where it is found with or without being told.
 //! A device describes itself by a [`DeviceNode`] in the DSDT.
 //!
-//! Limits: VP n has local APIC n, up to 254 of them (255 addresses all); no hot-plug, no sleep but S5.
+//! Limits: VP n has local APIC n, up to 254 of them (255 addresses all); no hot-plug, no sleep but S4 and S5.
 
 use crate::layout;
 use acpi_tables::aml::{self, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
@@ -177,8 +177,10 @@ fn dsdt(devices: &[DeviceNode]) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", TABLE_HEADER_BYTES, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let nodes = devices.iter().map(|node| node as &dyn Aml).collect();
     dsdt.append_slice(&bytes_of(&aml::Scope::new("\\_SB_".into(), nodes)));
-    let s5 = Package::new(vec![&AcpiPower::SLEEP_TYPE_S5]);
-    dsdt.append_slice(&bytes_of(&Name::new("\\_S5_".into(), &s5)));
+    for (name, sleep_type) in [("\\_S4_", AcpiPower::SLEEP_TYPE_S4), ("\\_S5_", AcpiPower::SLEEP_TYPE_S5)] {
+        let package = Package::new(vec![&sleep_type]);
+        dsdt.append_slice(&bytes_of(&Name::new(name.into(), &package)));
+    }
     dsdt
 }
 
@@ -319,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dsdt_describes_the_devices_and_s5() {
+    fn the_dsdt_describes_the_devices_s4_and_s5() {
         let dsdt = find(1, "DSDT");
         let contains = |wanted: &[u8]| dsdt.windows(wanted.len()).any(|bytes| bytes == wanted);
         // EISA identifiers are compressed: 5 bits a letter, then the number.
@@ -328,6 +330,7 @@ mod tests {
         assert!(contains(b"\x47\x01\xf8\x03\xf8\x03\x01\x08"), "ports 0x3f8 to 0x3ff");
         assert!(contains(b"\x47\x01\x70\x00\x70\x00\x01\x02"), "ports 0x70 and 0x71");
         assert!(contains(b"\x89\x06\x00\x03\x01\x04\x00\x00\x00"), "interrupt 4, an edge");
+        assert!(contains(b"\x08\\_S4_\x12\x04\x01\x0a\x04"), "S4 is sleep type 4");
         assert!(contains(b"\x08\\_S5_\x12\x04\x01\x0a\x05"), "S5 is sleep type 5");
     }
 

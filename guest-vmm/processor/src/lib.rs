@@ -22,6 +22,7 @@ mod partition;
 pub mod scripted;
 mod state;
 mod stop;
+mod sync;
 mod thread;
 
 pub use debug::{AccessKind, DebugCapabilities, DebugState, HardwareBreakpoint};

@@ -1,12 +1,12 @@
 //! Asking a VP to stop.
 
 use crate::VpHaltReason;
-use futures::task::AtomicWaker;
+use crate::sync::AtomicWaker;
+use crate::sync::atomic::{AtomicU8, Ordering};
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
 
 const GO_ON: u8 = 0;

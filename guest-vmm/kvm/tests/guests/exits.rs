@@ -2,7 +2,8 @@
 
 use crate::guest::{CODE, Guest, IDT, MMIO, Mode, PATIENCE, rounds};
 use futures::executor::block_on;
-use processor::{MpState, MsiRequest, Registers, VpHaltReason};
+use processor::{DebugState, MpState, MsiRequest, Registers, VpHaltReason};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -269,12 +270,50 @@ fn a_guest_that_was_reset_after_a_fault_or_a_power_off_runs() {
 }
 
 #[test]
+fn a_reset_ends_an_instruction_that_was_in_the_middle_of_its_accesses() {
+    // mov [MMIO_RESET], eax: two bytes on this page, which reset, and two on the next, that nobody asks for any more.
+    let guest = Guest::new(Mode::Flat, &[&[0xa3, 0xfe, 0x0f, 0, 0xd0][..], &SPIN].concat());
+    for round in 1..=3 {
+        guest.start();
+        assert!(matches!(guest.halt(), VpHaltReason::Reset));
+        guest.reset();
+        assert_eq!(guest.rip(), CODE);
+        assert_eq!(guest.bus.look(|state| state.mmio.len()), round, "each life makes its first access anew");
+    }
+}
+
+#[test]
 fn rounds_of_start_and_stop_lose_no_kick() {
     let guest = Guest::new(Mode::Real, &SPIN);
     for _ in 0..rounds(10_000) {
         guest.start();
         guest.stop();
     }
+    guest.assert_no_halt();
+}
+
+#[test]
+fn rounds_of_start_and_stop_among_other_calls_lose_no_kick() {
+    // The handler of non-maskable interrupts: iret. The code: jmp to itself.
+    let guest = Guest::new(Mode::Real, &SPIN);
+    guest.memory.write_obj(0x1800_u32, GuestAddress(2 * 4)).unwrap();
+    guest.memory.write_slice(&[0xcf], GuestAddress(0x1800)).unwrap();
+    let (vp, partition, over) = (&guest.vps[0], &*guest.partition, AtomicBool::new(false));
+    let until_over = |call: &dyn Fn()| {
+        while !over.load(Ordering::Relaxed) {
+            call();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| until_over(&|| block_on(vp.access(|_| ())).unwrap()));
+        scope.spawn(|| until_over(&|| block_on(vp.set_debug_state(Some(DebugState::default()))).unwrap()));
+        scope.spawn(|| until_over(&|| partition.inject_nmi(vp.vp())));
+        for _ in 0..rounds(10_000) {
+            block_on(vp.start()).unwrap();
+            block_on(vp.stop()).unwrap();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
     guest.assert_no_halt();
 }
 

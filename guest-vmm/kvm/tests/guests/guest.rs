@@ -23,6 +23,8 @@ pub const KEYBOARD: u16 = 0x64;
 pub const CODE: u64 = 0x1000;
 /// Where a device's registers are.
 pub const MMIO: u64 = 0xd000_0000;
+/// A register that resets the guest: the last of a page, so that a write across its end has another access to follow.
+pub const MMIO_RESET: u64 = MMIO + 0xffe;
 /// How long anything may take before a test says that it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -102,7 +104,11 @@ impl CpuIo for Bus {
 
     fn write_mmio(&self, _: VpIndex, address: u64, data: &[u8]) -> ControlFlow<PowerRequest> {
         self.change(|state| state.mmio.push((address, data.to_vec())));
-        ControlFlow::Continue(())
+        if address == MMIO_RESET {
+            ControlFlow::Break(PowerRequest::Reset)
+        } else {
+            ControlFlow::Continue(())
+        }
     }
 
     fn handle_eoi(&self, vector: u8) {

@@ -26,6 +26,10 @@ pub(super) enum Instruction {
     Jump { target: u64 },
     /// Ends the VP with a fault.
     Fault,
+    /// Ends the VP with a fault of this name, in UTF-8.
+    FaultNamed { reason: Vec<u8> },
+    /// Ends the VP with a triple fault.
+    TripleFault,
     /// Starts a VP that waits for it, at the address; does nothing if there is none or it does not wait.
     StartVp { vp: VpIndex, target: u64 },
     /// Reads a byte from the port until one of the mask's bits is set in it.
@@ -73,6 +77,8 @@ impl Instruction {
             Self::SetCounter { value } => put(code, 12, &[&value.to_le_bytes()]),
             Self::Repeat { target } => put(code, 13, &[&target.to_le_bytes()]),
             Self::OutVector { port } => put(code, 14, &[&port.to_le_bytes()]),
+            Self::FaultNamed { reason } => put(code, 15, &[&length(reason), reason]),
+            Self::TripleFault => put(code, 16, &[]),
         }
     }
 
@@ -102,6 +108,11 @@ impl Instruction {
             12 => Self::SetCounter { value: rest.u64()? },
             13 => Self::Repeat { target: rest.u64()? },
             14 => Self::OutVector { port: rest.u16()? },
+            15 => {
+                let len = rest.u16()?;
+                Self::FaultNamed { reason: rest.bytes(len.into())?.to_vec() }
+            }
+            16 => Self::TripleFault,
             opcode => return Err(DecodeError::Opcode(opcode)),
         };
         Ok((instruction, code.len() - rest.0.len()))
@@ -178,6 +189,8 @@ mod tests {
             Instruction::SetCounter { value: u64::MAX },
             Instruction::Repeat { target: 0x10_0000 },
             Instruction::OutVector { port: 0x3f8 },
+            Instruction::FaultNamed { reason: b"a reason".to_vec() },
+            Instruction::TripleFault,
         ]
     }
 
@@ -202,7 +215,7 @@ mod tests {
     #[test]
     fn other_bytes_are_refused() {
         assert_eq!(Instruction::decode(&[0]), Err(DecodeError::Opcode(0)));
-        assert_eq!(Instruction::decode(&[15]), Err(DecodeError::Opcode(15)));
+        assert_eq!(Instruction::decode(&[17]), Err(DecodeError::Opcode(17)));
         assert_eq!(Instruction::decode(&[2, 0, 0, 3, 0, 0, 0, 0]), Err(DecodeError::Width(3)));
         assert_eq!(Instruction::decode(&[4, 0, 0, 0, 0, 0, 0, 0, 0, 9]), Err(DecodeError::Width(9)));
     }

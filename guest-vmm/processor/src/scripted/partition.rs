@@ -1,11 +1,12 @@
 //! What the VPs of a scripted partition share: memory, and what each is told from outside.
 
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{
     AccessPartitionState, DebugCapabilities, ErasedPartitionState, IOAPIC_PINS, IrqRoutes, MsiRequest,
     Partition, PartitionConfig, PartitionError, PartitionStateKind, VpIndex, Vtl,
 };
 use std::collections::BTreeSet;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
@@ -59,10 +60,12 @@ impl Mailbox {
         None
     }
 
-    /// Lets some time go by, but not if there is a request to yield.
+    /// Lets some time go by, but not if there is a request to yield. Less, if the VP is told something else.
     pub(super) fn pause(&self, time: Duration) {
-        let unasked = |signals: &mut Signals| !signals.yield_requested;
-        drop(self.changed.wait_timeout_while(self.lock(), time, unasked));
+        let signals = self.lock();
+        if !signals.yield_requested {
+            drop(self.changed.wait_timeout(signals, time));
+        }
     }
 }
 

@@ -128,6 +128,17 @@ impl Script {
         self.put(&Instruction::Fault)
     }
 
+    /// Ends the VP with a fault for this reason, as a hypervisor would name it, of at most 64 KiB less one byte.
+    pub fn fault_named(&mut self, reason: &str) -> &mut Self {
+        let reason = &reason.as_bytes()[..reason.floor_char_boundary(u16::MAX.into())];
+        self.put(&Instruction::FaultNamed { reason: reason.to_vec() })
+    }
+
+    /// Ends the VP with a triple fault.
+    pub fn triple_fault(&mut self) -> &mut Self {
+        self.put(&Instruction::TripleFault)
+    }
+
     /// Starts another VP at the label, if it waits to be started.
     pub fn start_vp(&mut self, vp: VpIndex, at: Label) -> &mut Self {
         self.put(&Instruction::StartVp { vp, target: at.0 })

@@ -192,6 +192,15 @@ impl ScriptedProcessor {
                 self.registers.rip = rip;
                 return self.fault(format!("the script asked for a fault at {rip:#x}"));
             }
+            Instruction::FaultNamed { reason } => {
+                self.registers.rip = rip;
+                return self.fault(String::from_utf8_lossy(&reason).into_owned());
+            }
+            Instruction::TripleFault => {
+                self.registers.rip = rip;
+                let fault = self.described("triple fault".to_owned());
+                return Step::Break(Leave::Halt(VpHaltReason::TripleFault(fault)));
+            }
             Instruction::StartVp { vp, target } => self.partition.start_vp(vp, target),
             Instruction::Poll { port, mask } => {
                 if self.read_port(port, io) & mask == 0 {
@@ -257,9 +266,12 @@ impl ScriptedProcessor {
     }
 
     fn fault(&self, reason: String) -> Step {
+        Step::Break(Leave::Halt(VpHaltReason::Fault(self.described(reason))))
+    }
+
+    fn described(&self, reason: String) -> Box<VpFault> {
         let registers = Some(Box::new(self.registers));
-        let fault = VpFault { vp: self.vp, reason, registers, note: None };
-        Step::Break(Leave::Halt(VpHaltReason::Fault(Box::new(fault))))
+        Box::new(VpFault { vp: self.vp, reason, registers, note: None })
     }
 }
 

@@ -14,13 +14,13 @@
 //! from inside the guest's run may wake the task too, and would be waited for if nothing kicked the VP: [`Wakeup::in_device`]
 //! tells these apart. And whoever polls what enters the guest asks [`Wakeup::is_woken`] first.
 
+use crate::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use crate::sync::thread::{self, Thread};
 use crate::{Partition, VpIndex};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
 
 const ASLEEP: u8 = 0;
 const POLLING: u8 = 1;
@@ -41,7 +41,7 @@ impl Wakeup {
         Arc::new(Self {
             state: AtomicU8::new(WOKEN),
             in_device: AtomicBool::new(false),
-            thread: std::thread::current(),
+            thread: thread::current(),
             vp,
             partition,
         })
@@ -69,14 +69,14 @@ impl Wakeup {
         let asleep = self.state.compare_exchange(POLLING, ASLEEP, Ordering::AcqRel, Ordering::Acquire);
         if asleep.is_ok() {
             while self.state.load(Ordering::Acquire) == ASLEEP {
-                std::thread::park();
+                thread::park();
             }
         }
     }
 
     /// Whether a wake-up by the calling thread has to kick the VP.
     fn kick_needed(&self) -> bool {
-        std::thread::current().id() != self.thread.id() || self.in_device.load(Ordering::Relaxed)
+        thread::current().id() != self.thread.id() || self.in_device.load(Ordering::Relaxed)
     }
 }
 

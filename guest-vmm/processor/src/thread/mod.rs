@@ -9,16 +9,20 @@
 
 mod executor;
 mod host_cpus;
+#[cfg(test)]
+mod model;
 mod task;
 
 pub use host_cpus::HostCpus;
 
+use crate::sync::oneshot;
+use crate::sync::thread::{Builder, JoinHandle};
 use crate::{
     BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, StateAccessError, VpFault,
     VpHaltReason, VpIndex, VpState, VpStateKind, Vtl,
 };
 use executor::{Wakeup, block_on};
-use futures::channel::{mpsc, oneshot};
+use futures::channel::mpsc;
 use inspect::Deferred;
 use rustix::thread::{Pid, gettid};
 use std::any::Any;
@@ -27,7 +31,6 @@ use std::error::Error;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
 use task::{Command, VpTask};
 
 /// A VP whose thread has ended: it panicked, or the VP is being shut down.
@@ -288,11 +291,11 @@ fn run_thread<B: BindProcessor>(
         Ok(processor) => processor,
         Err(error) => return drop(bound.send(Err(error))),
     };
+    let wakeup = Wakeup::new(vp, partition);
     if bound.send(Ok(gettid())).is_err() {
         return; // Whoever wanted the VP has gone away meanwhile.
     }
     let served = catch_unwind(AssertUnwindSafe(|| {
-        let wakeup = Wakeup::new(vp, partition);
         let on_halt = &on_halt;
         let task = VpTask { vp, processor, commands, io, wakeup: wakeup.clone(), on_halt, running: false };
         block_on(&wakeup, task.serve());

@@ -2,12 +2,13 @@
 
 use super::VpError;
 use super::executor::Wakeup;
+use crate::sync::oneshot;
 use crate::{
     CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StateAccessError, StopVpSource, VpHaltReason,
     VpIndex, VpState, VpStateKind, Vtl,
 };
 use futures::StreamExt;
-use futures::channel::{mpsc, oneshot};
+use futures::channel::mpsc;
 use futures::future::{Either, select};
 use inspect::Deferred;
 use std::convert::Infallible;

@@ -128,12 +128,33 @@ fn a_vp_starts_another() {
 }
 
 #[test]
+fn a_triple_fault_halts_with_the_registers() {
+    let mut script = Script::new();
+    script.triple_fault();
+    let guest = Guest::new(&script);
+    guest.start();
+    match guest.halt() {
+        (VpIndex(0), VpHaltReason::TripleFault(fault)) => {
+            assert_eq!(fault.to_string(), "VP 0: triple fault");
+            assert_eq!(fault.registers.unwrap().rip, u64::from(SCRIPT_BASE));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn faults_name_what_is_wrong() {
     let mut script = Script::new();
     script.fault();
     let fault = run_to_fault(&script);
     assert_eq!(fault.to_string(), "VP 0: the script asked for a fault at 0x100000");
     assert_eq!(fault.registers.unwrap().rip, u64::from(SCRIPT_BASE));
+
+    let mut script = Script::new();
+    script.out(SERIAL, b"!").fault_named("KVM_EXIT_HYPERCALL");
+    let fault = run_to_fault(&script);
+    assert_eq!(fault.to_string(), "VP 0: KVM_EXIT_HYPERCALL");
+    assert_eq!(fault.registers.unwrap().rip, u64::from(SCRIPT_BASE) + 6);
 
     let mut script = Script::new();
     script.raw(&[0xcc]);

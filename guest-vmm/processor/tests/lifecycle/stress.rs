@@ -3,8 +3,9 @@
 use crate::guest::{Guest, PATIENCE, SERIAL};
 use futures::executor::block_on;
 use futures::future::{join, join_all};
+use processor::DebugState;
 use processor::scripted::{Script, ScriptedOptions};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 
 /// A number of rounds, scaled.
@@ -58,6 +59,16 @@ fn printing() -> Script {
     script
 }
 
+#[test]
+fn a_million_rounds_of_start_and_stop() {
+    let guest = Guest::new(&spinning());
+    watched(rounds(1_000_000), |_| {
+        block_on(guest.vps[0].start()).unwrap();
+        block_on(guest.vps[0].stop()).unwrap();
+    });
+    guest.assert_no_halt();
+}
+
 fn start_access_stop(script: &Script, number: u32) {
     let guest = Guest::new(script);
     let vp = &guest.vps[0];
@@ -77,6 +88,32 @@ fn rounds_of_start_access_and_stop_while_spinning() {
 #[test]
 fn rounds_of_start_access_and_stop_while_in_devices() {
     start_access_stop(&printing(), rounds(100_000));
+}
+
+#[test]
+fn rounds_of_start_and_stop_among_other_calls() {
+    // hlt, so that non-maskable interrupts are taken; and back to it.
+    let mut script = Script::new();
+    let again = script.here();
+    script.hlt().jump(again);
+    let guest = Guest::new(&script);
+    let (vp, partition, over) = (&guest.vps[0], &*guest.partition, AtomicBool::new(false));
+    let until_over = |call: &dyn Fn()| {
+        while !over.load(Ordering::Relaxed) {
+            call();
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| until_over(&|| block_on(vp.access(|_| ())).unwrap()));
+        scope.spawn(|| until_over(&|| block_on(vp.set_debug_state(Some(DebugState::default()))).unwrap()));
+        scope.spawn(|| until_over(&|| partition.inject_nmi(vp.vp())));
+        watched(rounds(20_000), |_| {
+            block_on(vp.start()).unwrap();
+            block_on(vp.stop()).unwrap();
+        });
+        over.store(true, Ordering::Relaxed);
+    });
+    guest.assert_no_halt();
 }
 
 #[test]
@@ -100,7 +137,7 @@ fn rounds_of_calls_that_race() {
 fn rounds_of_access_under_a_storm_of_kicks() {
     let guest = Guest::new(&spinning());
     guest.start();
-    let over = std::sync::atomic::AtomicBool::new(false);
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) {

@@ -25,6 +25,8 @@ impl WholeGuest {
     pub(super) async fn boot(hypervisor: &KvmHypervisor, vps: u32) -> anyhow::Result<Self> {
         let kernel = sealed_file(builtin_guest::IMAGE)?;
         let config = MachineConfig {
+            affinity: Vec::new(),
+            cpuid_mask: Vec::new(),
             vps,
             time: TimePolicy::default(),
             memory_bytes: MEMORY_BYTES,
