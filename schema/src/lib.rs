@@ -7,6 +7,7 @@
 compile_error!("guestd runs on Linux on x86-64 only");
 
 mod config;
+mod debug;
 mod failure;
 mod generated;
 mod state;
@@ -14,6 +15,10 @@ mod timeline;
 mod units;
 
 pub use config::{ConfigFault, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig};
+pub use debug::{
+    AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,
+    TableRegister, VpRegisters,
+};
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};

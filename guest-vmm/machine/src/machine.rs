@@ -3,6 +3,7 @@
 use crate::board::{Board, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
+use crate::debug::{DebugError, DebugHalt, Debugger, Target};
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryError, MemoryOptions};
 use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
@@ -92,12 +93,22 @@ pub struct Machine {
 pub struct MachineView {
     vps: Arc<VpSet>,
     units: StateUnitsInspector,
+    target: Arc<Target>,
 }
 
 impl MachineView {
     /// What each VP is doing, `Unanswered` for one that does not say in time.
     pub async fn vp_states(&self, within: Duration) -> Vec<VpActivity> {
         self.vps.activities(within).await
+    }
+
+    /// Begins to debug the VPs: see [`Debugger`]. A debugger that lets go just now is waited for this long. Has to be called in the
+    /// machine's runtime.
+    ///
+    /// # Errors
+    /// [`DebugError::Taken`] if there is one.
+    pub async fn debug(&self, within: Duration) -> Result<(Debugger, mpsc::Receiver<DebugHalt>), DebugError> {
+        Debugger::attach(self.target.clone(), within).await
     }
 
     /// The state units, in the order in which they were added. None once the machine is destroyed.
@@ -112,7 +123,8 @@ impl MachineView {
 
     /// Begins to inspect what is at `path`, with `depth` levels of children below it.
     ///
-    /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity` and `registers`. What
+    /// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity` and `registers`; and `debugger`,
+    /// which says whether there is one and which VPs it holds. What
     /// is the guest's own (what registers hold, its command line) is there only with [`View::Everything`]. Units, VPs and
     /// devices that are stuck show as unanswered. Has to be called in the machine's runtime.
     pub fn inspect(&self, path: &str, depth: usize, view: View) -> Inspection {
@@ -123,6 +135,7 @@ impl MachineView {
         let mut response = request.respond();
         self.units.respond_with(&mut response);
         response.child(VPS, |request| self.vps.inspect(request));
+        response.child("debugger", |request| self.vps.debug.inspect(request));
     }
 }
 
@@ -171,7 +184,12 @@ impl Machine {
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
         let Assembly { units, handles, tasks, places: _ } = assembly;
-        let view = Arc::new(MachineView { vps, units: units.inspector() });
+        let target = Target {
+            vps: vps.clone(),
+            memory: Arc::downgrade(&memory),
+            capabilities: shared.debug_capabilities(),
+        };
+        let view = Arc::new(MachineView { vps, units: units.inspector(), target: Arc::new(target) });
         let input = SerialInput::new(&board.serial);
         Ok(Self { units, handles, view, input, tasks, partition: shared, memory })
     }

@@ -1,11 +1,13 @@
 //! GuestControl: the operator's capability, to the guest of one create.
 
+use super::debugger;
 use super::observer::{Observed, inspected};
 use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
 use guest_schema::guest_capnp::{guest_control, observer};
 use guest_schema::{Failure, UnitConfig};
+use guest_transport::broken;
 use inspect::View;
 use std::rc::Rc;
 
@@ -88,6 +90,22 @@ impl guest_control::Server for Control {
         match inspected(&self.guest, path, depth, rendering, View::Everything).await {
             Ok(tree) => results.get().set_tree(&tree[..]),
             Err(failure) => failure.write(results.get().init_error()),
+        }
+        Ok(())
+    }
+    async fn debugger(
+        self: Rc<Self>,
+        params: guest_control::DebuggerParams,
+        mut results: guest_control::DebuggerResults,
+    ) -> capnp::Result<()> {
+        let sink = params.get()?.get_sink()?;
+        match debugger::attach(&self.guest, sink).await {
+            Ok(debugger) => results.get().set_debugger(debugger),
+            Err(failure) => {
+                let mut results = results.get();
+                results.set_debugger(broken(&failure));
+                failure.write(results.init_error());
+            }
         }
         Ok(())
     }
