@@ -41,6 +41,7 @@
 
 mod call;
 mod channel;
+mod debugger;
 mod error;
 mod events;
 mod file;
@@ -50,13 +51,15 @@ mod lifecycle;
 mod serial;
 
 pub use call::Call;
+pub use debugger::{Debugger, MemoryRead};
 pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, LossPolicy,
-    MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, StepOutcome, Transition, TransitionEnd,
-    UnitConfig, UnitStatus, UnitStep, VpState,
+    AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, Event, EventKind, Exit, Failure,
+    FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy, MemoryConfig, OnReset, Outcome,
+    Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd,
+    UnitConfig, UnitStatus, UnitStep, VpRegisters, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

@@ -1,8 +1,9 @@
 //! guestctl: guests from the command line.
 //!
-//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`), and what they share: `options`, `service` (guestd, or a private one in this
+//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`, `debug`), and what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
+mod debug;
 mod demo;
 mod ending;
 mod guests;
@@ -72,6 +73,7 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Timeline { id, trace } => {
             look::timeline(&service::running(options).await?, id, trace.as_deref(), out).await
         }
+        Command::Debug { id, gdb } => debug::debug(&service::running(options).await?, id, gdb, out).await,
         Command::Completions { .. } => Ok(()),
     }
 }
