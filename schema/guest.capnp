@@ -83,8 +83,8 @@ interface GuestControl {
   nmi @6 () -> (result :Common.Result);
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
   debugger @8 (sink :DebugSink) -> (debugger :Debugger, error :Common.Failure);
-  # Begins to debug the guest; its VPs go on until they are stopped. limitExceeded while there is another debugger, notRunning once
-  # the guest has ended.
+  # Begins to debug the guest; its VPs go on until they are stopped. limitExceeded if there is another debugger that
+  # does not let go within half a second, notRunning once the guest has ended.
   inspect @9 (path :Text, depth :UInt32, rendering :Rendering) -> (tree :Text, error :Common.Failure);
   # As Observer.inspect, with what is the guest's own.
   update @10 (path :Text, value :Text) -> (result :Common.Result);

@@ -102,11 +102,11 @@ impl MachineView {
         self.vps.activities(within).await
     }
 
-    /// Begins to debug the VPs: see [`Debugger`]. A debugger that lets go just now is waited for this long. Has to be called in the
+    /// Begins to debug the VPs: see [`Debugger`]. Another one is waited for this long. Has to be called in the
     /// machine's runtime.
     ///
     /// # Errors
-    /// [`DebugError::Taken`] if there is one.
+    /// [`DebugError::Taken`] if it has not let go then.
     pub async fn debug(&self, within: Duration) -> Result<(Debugger, mpsc::Receiver<DebugHalt>), DebugError> {
         Debugger::attach(self.target.clone(), within).await
     }

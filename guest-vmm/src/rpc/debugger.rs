@@ -16,8 +16,8 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_local};
 
-/// How long a debugger that lets go is waited for.
-const LETTING_GO: Duration = Duration::from_secs(5);
+/// How long another debugger, which may be about to let go, is waited for.
+const LETTING_GO: Duration = Duration::from_millis(500);
 
 /// Begins to debug the guest.
 pub(super) async fn attach(guest: &Rc<Guest>, sink: debug_sink::Client) -> Result<debugger::Client, Failure> {

@@ -26,7 +26,7 @@ const LINEAR_BITS: u32 = 57;
 /// Why a debugger's wish is not fulfilled. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
 pub enum DebugError {
-    /// There is one, or the one before still lets go.
+    /// There is one.
     #[error("the guest has a debugger already")]
     Taken,
     /// The machine is gone, or its VP's thread.
@@ -124,8 +124,6 @@ pub struct DebuggedVp {
 
 /// Where the VPs' threads find the debugger, if there is one.
 pub(crate) struct DebugPort {
-    /// Whether somebody debugs, or is about to.
-    attached: AtomicBool,
     /// Held by a session until it has let go of everything.
     place: Arc<Semaphore>,
     /// Of each VP, whether the debugger keeps it out of the guest.
@@ -136,7 +134,6 @@ pub(crate) struct DebugPort {
 impl DebugPort {
     pub fn new(vps: usize) -> Self {
         Self {
-            attached: AtomicBool::new(false),
             place: Arc::new(Semaphore::new(1)),
             held: (0..vps).map(|_| AtomicBool::new(false)).collect(),
             halts: Mutex::new(None),
@@ -174,7 +171,7 @@ impl Inspect for DebugPort {
         let held = (0..).zip(&self.held).filter(|(_, held)| held.load(Ordering::Acquire));
         let held: Vec<String> = held.map(|(vp, _): (u32, _)| vp.to_string()).collect();
         let mut response = request.respond();
-        response.field("attached", &self.attached.load(Ordering::Acquire));
+        response.field("attached", &self.halts().is_some());
         response.field("held_vps", held.join(", ").as_str());
     }
 }
@@ -210,31 +207,20 @@ pub struct Debugger {
     target: Arc<Target>,
 }
 
-impl Drop for Debugger {
-    fn drop(&mut self) {
-        // The next one waits for the place until the session has let go.
-        self.target.vps.debug.attached.store(false, Ordering::Release);
-    }
-}
-
 impl Debugger {
     /// Begins to debug. VPs go on until they are stopped. Where they stop by themselves is sent to the receiver.
     ///
     /// # Errors
-    /// [`DebugError::Taken`]; one that lets go just now is waited for this long.
+    /// [`DebugError::Taken`], if there is another and it has not let go within this time.
     pub(crate) async fn attach(
         target: Arc<Target>,
         within: Duration,
     ) -> Result<(Self, mpsc::Receiver<DebugHalt>), DebugError> {
         let port = &target.vps.debug;
-        if port.attached.swap(true, Ordering::AcqRel) {
-            return Err(DebugError::Taken);
-        }
-        let (commands, asked) = mpsc::unbounded_channel();
-        // From here on dropping it, also with this future, makes room for another.
-        let debugger = Self { commands, target: target.clone() };
         let place = tokio::time::timeout(within, port.place.clone().acquire_owned()).await;
         let place = place.map_err(|_| DebugError::Taken)?.expect("never closed");
+        let (commands, asked) = mpsc::unbounded_channel();
+        let debugger = Self { commands, target: target.clone() };
         let (sender, halts) = mpsc::unbounded_channel();
         *port.halts() = Some(sender);
         let vps = target.vps.count();
