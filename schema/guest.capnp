@@ -79,12 +79,14 @@ interface GuestControl {
   observer @4 () -> (observer :Observer, error :Common.Failure);
 
   powerButton @5 () -> (result :Common.Result);
-  # unimplemented, like snapshot and debugger.
+  # unimplemented, like snapshot.
   nmi @6 () -> (result :Common.Result);
   # Sends every VP a non-maskable interrupt, as a front panel's button does. The VPs of a paused guest take it when they go on.
   # notRunning unless running or paused.
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
-  debugger @8 () -> (debugger :AnyPointer, error :Common.Failure);
+  debugger @8 (sink :DebugSink) -> (debugger :Debugger, error :Common.Failure);
+  # Begins to debug the guest; its VPs go on until they are stopped. limitExceeded if there is another debugger that
+  # does not let go within half a second, notRunning once the guest has ended.
   inspect @9 (path :Text, depth :UInt32, rendering :Rendering) -> (tree :Text, error :Common.Failure);
   # As Observer.inspect, with what is the guest's own.
   update @10 (path :Text, value :Text) -> (result :Common.Result, value :Text);
@@ -101,6 +103,150 @@ interface GuestControl {
   # VP, NT_PRSTATUS (its number and one is the thread's) and QEMU's with segment and control registers. The registers are as of
   # this call, the memory is as of each read: pause the guest for a dump of one moment. Reads fail once the guest has ended.
   # notRunning then, internalError if a VP does not show its registers within half a second.
+}
+
+interface Debugger {
+  # Stops VPs and looks into them. A guest has one at a time. It is no lease, and no phase of the guest: a VP runs while the guest
+  # does and its debugger does not hold it. Devices, time and deadlines go on while VPs are held. pause, resume, reset and stop by
+  # others do as ever: held VPs stay held through a pause; a reset puts them back to their start, where they are held, and keeps the
+  # breakpoints; what is resumed while the guest is paused, or does not run yet, goes on when that does.
+  #
+  # Dropping it ends debugging: breakpoints are removed and held VPs go on. Calls take effect in the order sent. All: badConfig for
+  # a VP that there is not, notRunning once the guest has ended.
+
+  vps @0 () -> (vps :List(DebuggedVp), breakpoints :UInt32, singleStep :Bool, watchpoints :Bool, error :Common.Failure);
+  # The VPs, in order, and what the hypervisor can do: how many breakpoints, whether steps, whether breakpoints for data.
+  stop @1 () -> (result :Common.Result);
+  # Holds all VPs; answers when none is in the guest. Nothing is sent to the sink for it.
+  resume @2 (run :List(UInt32), step :List(UInt32)) -> (resumption :UInt64, error :Common.Failure);
+  # Lets held VPs go on: `run` for good, `step` for one instruction; others stay held. A VP that stopped at a breakpoint executes the
+  # instruction there first. `resumption` counts these calls, from 1. alreadyRunning if one of the VPs is not held; badConfig if one
+  # is named twice; notSupported without steps; limitExceeded while too much waits to be taken by the sink.
+  setBreakpoints @3 (breakpoints :List(Breakpoint)) -> (result :Common.Result);
+  # Replaces the breakpoints, which are those of all VPs, held or not. badConfig for one that the architecture does not have,
+  # limitExceeded for more than there are, notSupported for one for data where only instructions have them; nothing changes then.
+
+  getRegisters @4 (vp :UInt32) -> (registers :VpRegisters, error :Common.Failure);
+  # Also of a VP that runs, which leaves the guest for a moment.
+  setRegisters @5 (vp :UInt32, registers :VpRegisters) -> (result :Common.Result);
+  # alreadyRunning unless the VP is held; badConfig for values that the hypervisor refuses.
+  readMemory @6 (space :AddressSpace, address :UInt64, bytes :UInt32) -> (data :Data, error :Common.Failure);
+  # At most 64 KiB (limitExceeded), fewer than asked for only up to an address that is not mapped or has no memory; the error,
+  # badConfig, names it. Whatever the guest's own rights are.
+  writeMemory @7 (space :AddressSpace, address :UInt64, data :Data) -> (result :Common.Result);
+  # As readMemory, but all or nothing.
+}
+
+struct AddressSpace {
+  union {
+    linear @0 :UInt32;
+    # As this VP sees it, by its page tables.
+    physical @1 :Void;
+    # Guest physical; memory only, no device.
+  }
+}
+
+struct DebuggedVp {
+  index @0 :UInt32;
+  held @1 :Bool;
+  # Its debugger keeps it out of the guest.
+}
+
+struct Breakpoint {
+  # A hardware breakpoint (Intel SDM volume 3, section 18.2).
+
+  address @0 :UInt64;
+  # Linear; a multiple of the length.
+  length @1 :UInt8;
+  # In bytes: 1, 2, 4 or 8; 1 for execute.
+  access @2 :Access;
+
+  enum Access {
+    execute @0;
+    # Before the instruction is executed.
+    write @1;
+    # After the access.
+    readOrWrite @2;
+  }
+}
+
+struct VpRegisters {
+  # A VP's general, segment and control registers, by their names.
+
+  rax @0 :UInt64;
+  rbx @1 :UInt64;
+  rcx @2 :UInt64;
+  rdx @3 :UInt64;
+  rsi @4 :UInt64;
+  rdi @5 :UInt64;
+  rsp @6 :UInt64;
+  rbp @7 :UInt64;
+  r8 @8 :UInt64;
+  r9 @9 :UInt64;
+  r10 @10 :UInt64;
+  r11 @11 :UInt64;
+  r12 @12 :UInt64;
+  r13 @13 :UInt64;
+  r14 @14 :UInt64;
+  r15 @15 :UInt64;
+  rip @16 :UInt64;
+  rflags @17 :UInt64;
+
+  cs @18 :Segment;
+  ds @19 :Segment;
+  es @20 :Segment;
+  fs @21 :Segment;
+  gs @22 :Segment;
+  ss @23 :Segment;
+  tr @24 :Segment;
+  ldtr @25 :Segment;
+  gdtr @26 :Table;
+  idtr @27 :Table;
+
+  cr0 @28 :UInt64;
+  cr2 @29 :UInt64;
+  cr3 @30 :UInt64;
+  cr4 @31 :UInt64;
+  efer @32 :UInt64;
+
+  struct Segment {
+    # With its hidden part (Intel SDM volume 3, section 3.4.5).
+    base @0 :UInt64;
+    limit @1 :UInt32;
+    # In bytes, granularity applied.
+    selector @2 :UInt16;
+    attributes @3 :UInt16;
+    # As in the descriptor's bits 40 to 55: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15.
+  }
+
+  struct Table {
+    base @0 :UInt64;
+    limit @1 :UInt16;
+    # In bytes, less one.
+  }
+}
+
+interface DebugSink {
+  # Hears where VPs stop; implemented by the client. Dropped after `terminated`.
+
+  halted @0 (halt :DebugHalt) -> stream;
+}
+
+struct DebugHalt {
+  union {
+    vp :group {
+      # A VP has stopped; all others were held first.
+      index @0 :UInt32;
+      resumption @1 :UInt64;
+      # After which resumption, so that it is not taken for the stop of a later one.
+      reason :union {
+        step @2 :Void;
+        breakpoint @3 :Breakpoint;
+      }
+    }
+    terminated @4 :Exit;
+    # The guest has ended.
+  }
 }
 
 interface Observer {
@@ -247,6 +393,8 @@ struct VpStatus {
     failed @4;
     unanswered @5;
     # It did not say in time.
+    debugged @6;
+    # A debugger keeps it out of the guest.
   }
 }
 

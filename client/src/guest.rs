@@ -2,6 +2,7 @@
 
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::channel::Channel;
+use crate::debugger::Debugger;
 use crate::dump::CoreDump;
 use crate::error::ClientError;
 use crate::events::{Events, Sink};
@@ -9,8 +10,9 @@ use crate::serial::{ByteStream, Callback, SerialOutput};
 use futures::FutureExt;
 use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
 use guest_schema::host_capnp::guest_exit;
-use guest_schema::{Exit, Failure, GuestState, Rendering, Transition, UnitConfig, UnitStatus};
+use guest_schema::{DebugHalt, Exit, Failure, GuestState, Rendering, Transition, UnitConfig, UnitStatus};
 use std::rc::Rc;
+use tokio::sync::mpsc;
 
 /// The connection that a capability came over, kept open for it; none for what comes over a guest's own channel, which only
 /// the `Lifecycle` keeps open.
@@ -161,6 +163,12 @@ impl Control {
             let value = results.get_value()?.to_string()?;
             Ok(updated.map(|()| value))
         })
+    }
+
+    /// Begins to debug the guest, whose VPs go on until they are stopped. Where they stop by themselves goes to `halts`, and the guest's
+    /// end as the last.
+    pub fn debugger(&self, halts: mpsc::Sender<DebugHalt>) -> Debugger {
+        Debugger::attach(&self.client, self.clone(), halts)
     }
 
     /// A look at the guest.

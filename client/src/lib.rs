@@ -44,6 +44,7 @@
 
 mod call;
 mod channel;
+mod debugger;
 mod dump;
 mod error;
 mod events;
@@ -54,14 +55,16 @@ mod lifecycle;
 mod serial;
 
 pub use call::Call;
+pub use debugger::{Debugger, MemoryRead};
 pub use dump::{CoreDump, DumpError};
 pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    CpuidMask, Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, LossPolicy,
-    MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, StepOutcome, Transition, TransitionEnd,
-    UnitConfig, UnitStatus, UnitStep, VpAffinity, VpState,
+    AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, Event, EventKind, Exit,
+    Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy, MemoryConfig, OnReset,
+    Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition,
+    TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

@@ -219,7 +219,8 @@ impl Guest {
         self.view().ok_or_else(ended)
     }
 
-    fn view(&self) -> Option<Arc<MachineView>> {
+    /// Its machine, to look at; none once it has ended.
+    pub fn view(&self) -> Option<Arc<MachineView>> {
         self.live.borrow().as_ref().map(|live| live.view.clone())
     }
 }

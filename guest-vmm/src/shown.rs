@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 pub(crate) fn vp(activity: VpActivity) -> VpState {
     match activity {
         VpActivity::Stopped => VpState::Stopped,
+        VpActivity::Debugged => VpState::Debugged,
         VpActivity::Running => VpState::Running,
         VpActivity::Halted => VpState::Halted,
         VpActivity::WaitForSipi => VpState::WaitForSipi,

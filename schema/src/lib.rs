@@ -7,6 +7,7 @@
 compile_error!("guestd runs on Linux on x86-64 only");
 
 mod config;
+mod debug;
 mod failure;
 mod generated;
 mod state;
@@ -15,6 +16,10 @@ mod units;
 
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
+};
+pub use debug::{
+    AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,
+    TableRegister, VpRegisters,
 };
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;

@@ -46,7 +46,7 @@ mirrored! {
     /// What a VP is doing.
     VpState = vp_status::State {
         Stopped "stopped", Running "running", Halted "halted", WaitForSipi "waitForSipi", Failed "failed",
-        Unanswered "unanswered",
+        Unanswered "unanswered", Debugged "debugged",
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -24,16 +24,19 @@ pub enum Requirement {
     Kvm,
     /// The lab: a machine with a mainline `/dev/kvm` in software (see [`crate::lab`]).
     Lab,
+    /// Debian's gdb.
+    Gdb,
 }
 
 impl Requirement {
-    const ALL: [Requirement; 2] = [Requirement::Kvm, Requirement::Lab];
+    const ALL: [Requirement; 3] = [Requirement::Kvm, Requirement::Lab, Requirement::Gdb];
 
     /// The name in `GUESTD_SKIP`.
     pub fn name(self) -> &'static str {
         match self {
             Requirement::Kvm => "kvm",
             Requirement::Lab => "lab",
+            Requirement::Gdb => "gdb",
         }
     }
 
@@ -42,6 +45,15 @@ impl Requirement {
     fn check(self) -> Result<(), String> {
         match self {
             Requirement::Lab => Ok(()),
+            Requirement::Gdb => match Command::new("gdb").arg("--version").stdout(Stdio::null()).status() {
+                Ok(status) if status.success() => Ok(()),
+                Ok(status) => {
+                    Err(format!("gdb --version: {status} ({SKIP_VARIABLE}=gdb leaves this test out)"))
+                }
+                Err(error) => Err(format!(
+                    "gdb: {error}: install the package gdb ({SKIP_VARIABLE}=gdb leaves this test out)"
+                )),
+            },
             Requirement::Kvm => match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
                 Ok(_) => Ok(()),
                 Err(error) => Err(format!("/dev/kvm: {error} ({SKIP_VARIABLE}=kvm leaves this test out)")),
@@ -126,13 +138,13 @@ mod tests {
     fn the_skip_list_is_read() {
         assert_eq!(parse_skip("").unwrap(), BTreeSet::new());
         assert_eq!(parse_skip("lab").unwrap(), BTreeSet::from([Requirement::Lab]));
-        assert_eq!(parse_skip("kvm, lab,").unwrap(), BTreeSet::from(Requirement::ALL));
+        assert_eq!(parse_skip("kvm, lab,gdb,").unwrap(), BTreeSet::from(Requirement::ALL));
     }
 
     #[test]
     fn an_unknown_name_is_refused() {
         let error = parse_skip("kvm,labb").unwrap_err();
-        assert_eq!(error, "GUESTD_SKIP names \"labb\"; known are kvm, lab");
+        assert_eq!(error, "GUESTD_SKIP names \"labb\"; known are kvm, lab, gdb");
     }
 
     #[test]

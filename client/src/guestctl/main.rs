@@ -1,10 +1,11 @@
 //! guestctl: guests from the command line.
 //!
-//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`, `dump`), and
+//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`, `dump`, `debug`), and
 //! what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
 mod cpus;
+mod debug;
 mod demo;
 mod dump;
 mod ending;
@@ -78,6 +79,7 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Timeline { id, trace } => {
             look::timeline(&service::running(options).await?, id, trace.as_deref(), out).await
         }
+        Command::Debug { id, gdb } => debug::debug(&service::running(options).await?, id, gdb, out).await,
         Command::Completions { .. } => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::debug::Gdb;
 use crate::{cpus, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -142,6 +143,16 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         trace: Option<PathBuf>,
     },
+    /// Let gdb debug a guest, one gdb after the other, until Ctrl-C or the guest's end
+    #[command(after_help = DEBUG)]
+    Debug {
+        /// Its id, or a unique beginning of it
+        id: String,
+        /// Where to wait for gdb: HOST:PORT (port 0: any that is free) or the PATH of a Unix socket. Whoever can connect there rules
+        /// the guest
+        #[arg(long, value_name = "ADDR")]
+        gdb: Gdb,
+    },
     /// What the running guestd says of itself
     Info {
         /// One JSON object instead of lines
@@ -224,6 +235,18 @@ pub enum GraphFormat {
     /// A picture that a browser shows
     Svg,
 }
+
+const DEBUG: &str = "\
+The guest stops when gdb connects, and goes on when it leaves: `detach`, `kill` and `quit` all let it go on; `guestctl stop` ends \
+it. Its VPs are gdb's threads, VP 0 being thread 1. All stop when one does; devices and the guest's time go on meanwhile.
+
+There are four hardware breakpoints. gdb's software breakpoints take one each as well, and are refused when none is free, so \
+nothing is written into the guest's code. Memory is what the thread's page tables show. x87 and SSE registers are unavailable; \
+selectors of segments can be read only.
+
+Example:
+  guestctl debug web --gdb localhost:1234
+  gdb vmlinux -ex 'target remote localhost:1234'";
 
 const RUN: &str = "\
 The guest's serial output goes to the standard output, unchanged. A terminal's keys all go to the guest, Ctrl-C too, but for \

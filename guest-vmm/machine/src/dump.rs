@@ -79,7 +79,7 @@ impl MachineView {
             let state = state.map_err(|why| DumpError::Vp { vp, why })?;
             vps.push(state.map_err(|error| DumpError::Vp { vp, why: Some(error.to_string()) })?);
         }
-        let memory = self.memory.upgrade().ok_or(DumpError::Gone)?;
+        let memory = self.target.memory.upgrade().ok_or(DumpError::Gone)?;
         Ok(CoreDump::new(&vps, &memory))
     }
 }

@@ -8,6 +8,7 @@ pub mod acpi;
 mod board;
 mod boot;
 pub mod bus;
+pub mod debug;
 mod dump;
 pub mod layout;
 pub mod loader;

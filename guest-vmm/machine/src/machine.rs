@@ -3,6 +3,7 @@
 use crate::board::{Board, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
+use crate::debug::{DebugError, DebugHalt, Debugger, Target};
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryError, MemoryOptions};
 use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
@@ -51,6 +52,22 @@ pub struct MachineConfig {
     pub inject: Option<InjectedFault>,
 }
 
+impl MachineConfig {
+    /// With the defaults of all that is optional.
+    pub fn new(vps: u32, memory_bytes: u64, boot: BootFiles) -> Self {
+        Self {
+            vps,
+            affinity: Vec::new(),
+            cpuid_mask: Vec::new(),
+            time: TimePolicy::default(),
+            memory_bytes,
+            memory: MemoryOptions::default(),
+            boot,
+            inject: None,
+        }
+    }
+}
+
 /// Why a machine could not be made. Nothing is left of it.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -97,9 +114,9 @@ pub struct Machine {
 /// A machine to look at, also while a transition is under way. Does not keep the machine.
 pub struct MachineView {
     pub(crate) vps: Arc<VpSet>,
-    pub(crate) memory: Weak<GuestMemory>,
     partition: Weak<dyn Partition>,
     units: StateUnitsInspector,
+    pub(crate) target: Arc<Target>,
 }
 
 impl MachineView {
@@ -113,6 +130,15 @@ impl MachineView {
     pub fn inject_nmi(&self) {
         let Some(partition) = self.partition.upgrade() else { return };
         (0..).map(VpIndex).take(self.vps.count()).for_each(|vp| partition.inject_nmi(vp));
+    }
+
+    /// Begins to debug the VPs: see [`Debugger`]. Another one is waited for this long. Has to be called in the
+    /// machine's runtime.
+    ///
+    /// # Errors
+    /// [`DebugError::Taken`] if it has not let go then.
+    pub async fn debug(&self, within: Duration) -> Result<(Debugger, mpsc::Receiver<DebugHalt>), DebugError> {
+        Debugger::attach(self.target.clone(), within).await
     }
 
     /// The state units, in the order in which they were added. None once the machine is destroyed.
@@ -129,11 +155,12 @@ impl MachineView {
     pub fn respond_with(&self, response: &mut Response<'_>) {
         self.units.respond_with(response);
         response.child(VPS, |request| self.vps.inspect(request));
+        response.child("debugger", |request| self.vps.debug.inspect(request));
     }
 }
 
-/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it: `activity`, `affinity`, `processor` and `state`. What is the
-/// guest's own (what registers hold, its command line) is marked as sensitive. Units, VPs and devices that are stuck show as
+/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it (`activity`, `affinity`, `processor` and `state`), and
+/// `debugger`, which says whether there is one and which VPs it holds. What is the guest's own (what registers hold, its command line) is marked as sensitive. Units, VPs and devices that are stuck show as
 /// unanswered. To be asked in the machine's runtime.
 impl Inspect for MachineView {
     fn inspect(&self, request: Request<'_>) {
@@ -189,10 +216,13 @@ impl Machine {
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
         let Assembly { units, handles, tasks, places: _ } = assembly;
-        let units_view = units.inspector();
-        let (kept_memory, kept_partition) = (Arc::downgrade(&memory), Arc::downgrade(&shared));
-        let view = MachineView { vps, memory: kept_memory, partition: kept_partition, units: units_view };
-        let view = Arc::new(view);
+        let target = Target {
+            vps: vps.clone(),
+            memory: Arc::downgrade(&memory),
+            capabilities: shared.debug_capabilities(),
+        };
+        let (partition, units_view) = (Arc::downgrade(&shared), units.inspector());
+        let view = Arc::new(MachineView { vps, partition, units: units_view, target: Arc::new(target) });
         let input = SerialInput::new(&board.serial);
         Ok(Self { units, handles, view, input, tasks, partition: shared, memory })
     }
@@ -395,16 +425,7 @@ mod tests {
         let mut kernel = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
         kernel.write_all(&script.to_elf()).unwrap();
         let boot = BootFiles { kernel, initrd: None, cmdline: String::new() };
-        MachineConfig {
-            vps: 1,
-            affinity: Vec::new(),
-            cpuid_mask: Vec::new(),
-            time: TimePolicy::default(),
-            memory_bytes: 4 << 20,
-            memory: MemoryOptions::default(),
-            boot,
-            inject: None,
-        }
+        MachineConfig::new(1, 4 << 20, boot)
     }
 
     impl Bench {

@@ -1,7 +1,8 @@
 //! The VPs of a machine: started, stopped, reset, saved and restored together, and asked what they do.
 
+use crate::debug::DebugPort;
 use crate::loader::InitialVpState;
-use futures::future::{join_all, try_join_all};
+use futures::future::{FutureExt, join_all, try_join_all};
 use guest_saved_state::processor::vp::VpSetState;
 use processor::{
     BindProcessor, CpuIo, ErasedVpState, HostCpus, MpState, NewPartition, Partition, SpawnVpError,
@@ -12,13 +13,15 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{RwLock, mpsc};
+use tokio::sync::{Mutex as AsyncMutex, RwLock, mpsc};
 
 /// What a VP is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VpActivity {
     /// The VMM keeps it out of the guest.
     Stopped,
+    /// The debugger keeps it out of the guest.
+    Debugged,
     /// It runs.
     Running,
     /// It waits in HLT for an interrupt, for ever if it has masked them.
@@ -35,6 +38,7 @@ impl fmt::Display for VpActivity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Stopped => "stopped",
+            Self::Debugged => "debugged",
             Self::Running => "running",
             Self::Halted => "halted",
             Self::WaitForSipi => "waiting for SIPI",
@@ -52,6 +56,10 @@ pub struct VpSet {
     /// Empty once the machine is destroyed.
     pub(crate) threads: RwLock<Vec<VpThread>>,
     halted: Arc<Vec<AtomicU8>>,
+    /// What a debugger holds, and where it hears of halts.
+    pub(crate) debug: Arc<DebugPort>,
+    /// Locked, before `threads`, while VPs are started or stopped: each runs only if the set does and no debugger holds it.
+    pub(crate) moving: AsyncMutex<()>,
     running: AtomicBool,
     /// What VP 0 starts with, until it has started.
     initial: Mutex<Option<InitialVpState>>,
@@ -73,11 +81,13 @@ impl VpSet {
     ) -> Result<Self, SpawnVpError> {
         let halted: Arc<Vec<AtomicU8>> =
             Arc::new(new.processors.iter().map(|_| AtomicU8::new(NOT_HALTED)).collect());
+        let debug = Arc::new(DebugPort::new(halted.len()));
         let cpus = affinity.into_iter().chain(std::iter::repeat(None));
         let threads = (0..).zip(new.processors).zip(cpus).map(|((index, binder), cpus)| {
-            let (halted, halts) = (halted.clone(), halts.clone());
+            let (halted, halts, debug) = (halted.clone(), halts.clone(), debug.clone());
             let partition: Arc<dyn Partition> = new.partition.clone();
             VpThread::spawn(VpIndex(index), cpus, binder, partition, io.clone(), move |vp, reason| {
+                let Some(reason) = debug.take(vp, reason) else { return };
                 let failed = matches!(reason, VpHaltReason::Fault(_) | VpHaltReason::TripleFault(_));
                 let mark = if failed { FAILED } else { HALTED };
                 halted[vp.0 as usize].store(mark, Ordering::Release);
@@ -97,6 +107,8 @@ impl VpSet {
             None => Ok(Self {
                 threads: RwLock::new(bound),
                 halted,
+                debug,
+                moving: AsyncMutex::new(()),
                 running: AtomicBool::new(false),
                 initial: Mutex::new(Some(initial)),
             }),
@@ -107,13 +119,18 @@ impl VpSet {
         }
     }
 
-    /// Lets all VPs run; VP 0 from the boot loader's state if the guest starts anew. If one cannot, none does.
+    /// Lets all VPs run; VP 0 from the boot loader's state if the guest starts anew. If one cannot, none does. One that a debugger
+    /// holds runs when that lets it.
     pub async fn start(&self) -> Result<(), VpError> {
+        let _moving = self.moving.lock().await;
         let threads = self.threads.read().await;
         self.halted.iter().for_each(|mark| mark.store(NOT_HALTED, Ordering::Release));
         let initial = self.initial().take();
         let states = std::iter::once(initial).chain(std::iter::repeat(None));
-        let starts = threads.iter().zip(states).map(|(vp, initial)| start_vp(vp, initial));
+        let starts = threads.iter().zip(states).map(|(vp, initial)| match self.debug.holds(vp.vp()) {
+            true => prepare_vp(vp, initial).left_future(),
+            false => start_vp(vp, initial).right_future(),
+        });
         let started = join_all(starts).await;
         if let (Some(state), Some(Err(_))) = (initial, started.first()) {
             self.start_with(state);
@@ -129,9 +146,21 @@ impl VpSet {
 
     /// Stops all VPs: when this resolves, none is in the guest. A VP whose thread is gone counts as stopped.
     pub async fn stop(&self) {
+        let _moving = self.moving.lock().await;
         let threads = self.threads.read().await;
         join_all(threads.iter().map(VpThread::stop)).await;
         self.running.store(false, Ordering::Release);
+    }
+
+    /// Lets a VP run that a debugger no longer holds, if the set does and the VP can.
+    pub(crate) async fn start_released(&self, vp: &VpThread) -> Result<(), VpError> {
+        if self.known_activity(vp.vp()).is_some() {
+            return Ok(());
+        }
+        match vp.start().await {
+            Err(VpError::Running { .. }) => Ok(()),
+            started => started,
+        }
     }
 
     /// Puts all VPs into the state in which they were created.
@@ -226,6 +255,7 @@ impl VpSet {
             FAILED => Some(VpActivity::Failed),
             HALTED => Some(VpActivity::Stopped),
             _ if !self.is_running() => Some(VpActivity::Stopped),
+            _ if self.debug.holds(vp) => Some(VpActivity::Debugged),
             _ => None,
         }
     }
@@ -265,9 +295,17 @@ impl From<Result<MpState, StateError>> for VpActivity {
 
 async fn start_vp(vp: &VpThread, initial: Option<InitialVpState>) -> Result<(), VpError> {
     let Some(state) = initial else { return vp.start().await };
-    vp.start_from(move |access| {
-        access.set_system_registers(&state.system_registers)?;
-        access.set_registers(&state.registers)
-    })
-    .await
+    vp.start_from(move |access| set_initial(access, &state)).await
+}
+
+/// Gives a VP the state that it starts with, and leaves it stopped.
+async fn prepare_vp(vp: &VpThread, initial: Option<InitialVpState>) -> Result<(), VpError> {
+    let Some(state) = initial else { return Ok(()) };
+    let set = vp.access(move |access| set_initial(access, &state)).await?;
+    set.map_err(|source| VpError::State { vp: vp.vp(), source })
+}
+
+fn set_initial(access: &mut dyn ErasedVpState, state: &InitialVpState) -> Result<(), StateError> {
+    access.set_system_registers(&state.system_registers)?;
+    access.set_registers(&state.registers)
 }

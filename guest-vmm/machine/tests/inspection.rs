@@ -8,7 +8,7 @@ use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig, MachineVie
 use processor::scripted::{Script, ScriptedHypervisor, ScriptedOptions};
 use processor::{
     DebugCapabilities, ErasedPartitionState, HostCpus, Hypervisor, MsiRequest, NewPartition, Partition,
-    PartitionConfig, PartitionError, TimePolicy, VpIndex, Vtl,
+    PartitionConfig, PartitionError, VpIndex, Vtl,
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 use state_unit::UnitState;
@@ -143,16 +143,8 @@ impl Bench {
         let boot =
             BootFiles { kernel: file(&script.to_elf()), initrd: None, cmdline: COMMAND_LINE.to_owned() };
         let memory = MemoryOptions { prefault: true, ..MemoryOptions::default() };
-        let config = MachineConfig {
-            vps: 2,
-            affinity: vec![None, Some(last_cpu())],
-            cpuid_mask: Vec::new(),
-            time: TimePolicy::default(),
-            memory_bytes: MEMORY_BYTES,
-            memory,
-            boot,
-            inject,
-        };
+        let affinity = vec![None, Some(last_cpu())];
+        let config = MachineConfig { affinity, memory, inject, ..MachineConfig::new(2, MEMORY_BYTES, boot) };
         let machine = Machine::build(hypervisor.clone(), config, serial, send_halts, || false).await.unwrap();
         Self { machine, hypervisor, halts, output }
     }

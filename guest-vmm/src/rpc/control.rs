@@ -1,5 +1,6 @@
 //! GuestControl: the operator's capability, to the guest of one create.
 
+use super::debugger;
 use super::observer::{Observed, inspected};
 use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
@@ -107,6 +108,23 @@ impl guest_control::Server for Control {
             results.get().set_value(&value[..]);
         }
         Failure::write_result(&updated.map(drop), results.get().init_result());
+        Ok(())
+    }
+
+    async fn debugger(
+        self: Rc<Self>,
+        params: guest_control::DebuggerParams,
+        mut results: guest_control::DebuggerResults,
+    ) -> capnp::Result<()> {
+        let sink = params.get()?.get_sink()?;
+        match debugger::attach(&self.guest, sink).await {
+            Ok(debugger) => results.get().set_debugger(debugger),
+            Err(failure) => {
+                let mut results = results.get();
+                results.set_debugger(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
         Ok(())
     }
     async fn add_unit(

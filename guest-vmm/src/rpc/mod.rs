@@ -1,6 +1,7 @@
 //! The capabilities that a guest VMM serves. They hold no VM state: each call is one message to the driver, or looks at a guest.
 
 mod control;
+mod debugger;
 mod guest;
 mod lifecycle;
 mod observer;

@@ -84,8 +84,9 @@ async fn of_the_control(control: &guest_control::Client) -> Story {
     unimplemented("powerButton", control.power_button_request().send().promise).await?;
     unimplemented("nmi", control.nmi_request().send().promise).await?;
     unimplemented("snapshot", control.snapshot_request().send().promise).await?;
-    unimplemented("debugger", control.debugger_request().send().promise).await?;
     of_the_update(control).await?;
+    let unheard = control.debugger_request().send().promise.await;
+    expect("a debugger without a sink is refused", unheard.is_err(), true)?;
     let answer = control.add_unit_request().send().promise.await?;
     let failure = Failure::read_result(answer.get()?.get_result()?)?.err();
     expect("a unit that is none", failure.map(|failure| failure.code), Some(GuestError::BadConfig))

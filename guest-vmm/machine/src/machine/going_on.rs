@@ -38,16 +38,8 @@ impl Bench {
     {
         let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(kernel).unwrap();
-        let config = MachineConfig {
-            vps,
-            affinity: Vec::new(),
-            cpuid_mask: Vec::new(),
-            time: TimePolicy::default(),
-            memory_bytes: MEMORY,
-            memory: MemoryOptions::default(),
-            boot: BootFiles { kernel: file, initrd: None, cmdline: String::new() },
-            inject: None,
-        };
+        let boot = BootFiles { kernel: file, initrd: None, cmdline: String::new() };
+        let config = MachineConfig::new(vps, MEMORY, boot);
         let (send, output) = mpsc::unbounded_channel();
         let sink: Arc<dyn SerialOutput> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
         let (halts, _) = mpsc::unbounded_channel();

@@ -176,7 +176,7 @@ impl VpThread {
     /// The thread has ended, or the host has more CPUs than a set can hold.
     pub fn affinity(&self) -> io::Result<HostCpus> {
         // Another thread of the system may have its number then.
-        if self.thread.is_finished() {
+        if self.commands.is_closed() {
             return Err(io::Error::other(VpGone { vp: self.vp }));
         }
         HostCpus::of_thread(Some(self.id))

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use kvm::KvmHypervisor;
-use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig};
-use processor::TimePolicy;
 use tokio::sync::mpsc;
 
 use super::no_halts;
@@ -24,16 +22,8 @@ impl WholeGuest {
     /// Boots the guest until it waits for input.
     pub(super) async fn boot(hypervisor: &KvmHypervisor, vps: u32) -> anyhow::Result<Self> {
         let kernel = sealed_file(builtin_guest::IMAGE)?;
-        let config = MachineConfig {
-            affinity: Vec::new(),
-            cpuid_mask: Vec::new(),
-            vps,
-            time: TimePolicy::default(),
-            memory_bytes: MEMORY_BYTES,
-            memory: MemoryOptions::default(),
-            boot: BootFiles { kernel, initrd: None, cmdline: String::new() },
-            inject: None,
-        };
+        let boot = BootFiles { kernel, initrd: None, cmdline: String::new() };
+        let config = MachineConfig::new(vps, MEMORY_BYTES, boot);
         let (wrote, mut written) = mpsc::unbounded_channel();
         let output = Arc::new(move |bytes: &[u8]| {
             // Only the first is waited for.
