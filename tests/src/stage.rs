@@ -121,7 +121,7 @@ impl Kind {
             (Self::BuiltIn, Act::PowerOff) => b"poweroff\n",
             (Self::BuiltIn, Act::Reset) => b"reset\n",
             (Self::BuiltIn, Act::Crash | Act::TripleFault) => b"crash\n",
-            (Self::BuiltIn, Act::Fault(_) | Act::Hibernate) => unimplemented!("scripts only: {act:?}"),
+            (Self::BuiltIn, Act::Fault(_) | Act::Hibernate) => panic!("played on scripts only: {act:?}"),
             (Self::BuiltIn, Act::Spin) => b"spin\n",
             (Self::BuiltIn, Act::Halt) => b"halt\n",
         }
