@@ -184,6 +184,9 @@ fn a_private_service_without_its_vmm_ends_with_3() {
 fn help_version_and_completions_are_there() {
     let help = text(&ends(guestctl(&["run", "--help"]), 0, "").stdout);
     assert!(help.contains("Examples:") && help.contains("Ctrl-] q"), "{help}");
+    let help = text(&ends(guestctl(&["debug", "--help"]), 0, "").stdout);
+    assert!(help.contains("--gdb <ADDR>") && help.contains("target remote"), "{help}");
+    ends(guestctl(&["debug", "web"]), 2, "--gdb <ADDR>");
     let version = text(&ends(guestctl(&["--version"]), 0, "").stdout);
     assert_eq!(version, format!("guestctl {}\n", env!("CARGO_PKG_VERSION")));
     for shell in ["bash", "zsh", "fish"] {
