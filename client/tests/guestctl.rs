@@ -187,6 +187,9 @@ fn help_version_and_completions_are_there() {
     assert!(help.contains("Examples:") && help.contains("Ctrl-] q"), "{help}");
     let help = text(&ends(guestctl(&["update", "--help"]), 0, "").stdout);
     assert!(["deadline", "on_reset", "log"].iter().all(|node| help.contains(node)), "{help}");
+    let help = text(&ends(guestctl(&["debug", "--help"]), 0, "").stdout);
+    assert!(help.contains("--gdb <ADDR>") && help.contains("target remote"), "{help}");
+    ends(guestctl(&["debug", "web"]), 2, "--gdb <ADDR>");
     let version = text(&ends(guestctl(&["--version"]), 0, "").stdout);
     assert_eq!(version, format!("guestctl {}\n", env!("CARGO_PKG_VERSION")));
     for shell in ["bash", "zsh", "fish"] {

@@ -241,7 +241,8 @@ The guest stops when gdb connects, and goes on when it leaves: `detach`, `kill` 
 it. Its VPs are gdb's threads, VP 0 being thread 1. All stop when one does; devices and the guest's time go on meanwhile.
 
 There are four hardware breakpoints. gdb's software breakpoints take one each as well, and are refused when none is free, so \
-nothing is written into the guest's code. Memory is what the thread's page tables show. x87 and SSE registers are unavailable; \
+nothing is written into the guest's code. A host without VT-x and SVM steps and breaks in ring 0 only: elsewhere the guest gets the \
+exception. Memory is what the thread's page tables show. x87 and SSE registers are unavailable; \
 selectors of segments can be read only.
 
 Example:

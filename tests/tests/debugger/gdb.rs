@@ -159,6 +159,57 @@ pub async fn gdb_breaks_steps_and_looks_around(stage: Stage) -> Story {
     expect("the guest's end ends the command", ended.code(), Some(0))
 }
 
+/// Its VPs wait in ring 0, in long mode: an interrupt brings the first one back to where it waits.
+pub async fn gdb_sees_the_built_in_guest_through_its_page_tables(stage: Stage) -> Story {
+    let player = stage.launch("").await?;
+    let config = GuestConfig { cpus: VPS, ..player.config(Act::PowerOff)? };
+    let running = player.play_config(&config).await?;
+    running.input.write(b"vps\n").await?;
+    running.console.saw(&format!("vps {VPS}")).await?;
+    let control = player.lifecycle.control();
+    let line = DebugCommand::start(&stage, &player.id, true)?;
+    let gdb = line.gdb(&[
+        "info threads",
+        "set $idle = $pc",
+        "hbreak *$idle",
+        "shell echo waiting",
+        "continue",
+        "printf \"at it %d\\n\", $pc == $idle",
+        "delete",
+        "stepi",
+        "printf \"moved %d\\n\", $pc - $idle",
+        "info registers cr0 efer",
+        "set {long} ($rsp - 512) = 0x1122334455667788",
+        "x/2xw $rsp - 512",
+        "x/xb 0xffff800000000000",
+        "thread 3",
+        "x/i $pc",
+        "detach",
+    ])?;
+    went_on(&gdb, "waiting", &control).await?;
+    running.input.write(b"echo it goes on\n").await?;
+    let said = said(gdb).await?;
+    let expected = [
+        "  3    Thread 1.3",
+        "Breakpoint 1, 0x",
+        "at it 1",
+        // cli
+        "moved 1",
+        "efer           0x500",
+        "0x55667788\t0x11223344",
+        "Cannot access memory at address 0xffff800000000000",
+        "[Switching to thread 3 (Thread 1.3)]",
+        "cli",
+        "detached",
+    ];
+    for words in expected {
+        says(&said, words)?;
+    }
+    running.console.saw("it goes on").await?;
+    player.cue(&running, Act::PowerOff).await?;
+    Ok(running.run.await?)
+}
+
 pub async fn gdb_interrupts_and_hears_of_the_guests_end(stage: Stage) -> Story {
     let player = stage.launch("").await?;
     let running = counting(&player).await?;

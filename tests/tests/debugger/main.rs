@@ -36,6 +36,7 @@ const STORIES: &[Named] = stories! { stories:
 /// With gdb, on KVM.
 const WITH_GDB: &[Named] = stories! { gdb:
     gdb_breaks_steps_and_looks_around,
+    gdb_sees_the_built_in_guest_through_its_page_tables,
     gdb_interrupts_and_hears_of_the_guests_end,
     one_gdb_comes_after_the_other,
     a_signal_ends_the_command_and_the_guest_goes_on,

@@ -92,9 +92,9 @@ impl GuestTarget {
             // Whoever asked waits for it; if it does not, the session is over.
             Box::pin(async move { _ = answer.send(call.await) })
         });
-        let over = |_| ClientError::Lost("the session is over".into());
-        self.wishes.send(wish).map_err(|unsent| over(drop(unsent)))?;
-        answered.recv().map_err(|_| over(()))?
+        let over = || ClientError::Lost("the session is over".into());
+        self.wishes.send(wish).map_err(|_| over())?;
+        answered.recv().map_err(|_| over())?
     }
 
     /// Holds all VPs, as gdb's Ctrl-C wants it.
