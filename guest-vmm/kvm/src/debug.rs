@@ -2,8 +2,8 @@
 
 use crate::error::{KvmError, Named};
 use kvm_bindings::{
-    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
-    kvm_guest_debug,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
 };
 use kvm_ioctls::VcpuFd;
 use processor::{AccessKind, DebugState, HardwareBreakpoint, NotSupported, VpHaltReason};
@@ -20,6 +20,26 @@ pub(crate) fn set(
     state: Option<&DebugState>,
     blocks_interrupts: bool,
 ) -> Result<(), KvmError> {
+    let debug = guest_debug(state, blocks_interrupts)?;
+    vcpu.set_guest_debug(&debug).named("KVM_SET_GUEST_DEBUG")
+}
+
+/// Gives a VP that is debugged a debug exception of its own: a breakpoint or a step that nobody but the guest has asked for.
+pub(crate) fn reinject(
+    vcpu: &VcpuFd,
+    state: Option<&DebugState>,
+    blocks_interrupts: bool,
+    dr6: u64,
+) -> Result<(), KvmError> {
+    let mut registers = vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
+    registers.dr6 = dr6;
+    vcpu.set_debug_regs(&registers).named("KVM_SET_DEBUGREGS")?;
+    let mut debug = guest_debug(state, blocks_interrupts)?;
+    debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_INJECT_DB;
+    vcpu.set_guest_debug(&debug).named("KVM_SET_GUEST_DEBUG")
+}
+
+fn guest_debug(state: Option<&DebugState>, blocks_interrupts: bool) -> Result<kvm_guest_debug, NotSupported> {
     let mut debug = kvm_guest_debug::default();
     if let Some(DebugState { single_step, breakpoints }) = state {
         debug.control = KVM_GUESTDBG_ENABLE;
@@ -37,7 +57,7 @@ pub(crate) fn set(
         }
         debug.arch.debugreg[7] = control;
     }
-    vcpu.set_guest_debug(&debug).named("KVM_SET_GUEST_DEBUG")
+    Ok(debug)
 }
 
 /// What a breakpoint is in DR7: enabled for all tasks, its kind and length.

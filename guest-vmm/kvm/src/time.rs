@@ -9,7 +9,7 @@
 
 use crate::error::Named;
 use crate::hypervisor::Host;
-use kvm_bindings::kvm_clock_data;
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, kvm_clock_data};
 use kvm_ioctls::VmFd;
 use processor::{Clock, PartitionError, TimePolicy};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,7 +56,8 @@ impl Time {
     pub(crate) fn stop(&self, vm: &VmFd) -> Result<(), PartitionError> {
         let mut stopped = self.stopped();
         if stopped.is_none() {
-            *stopped = Some(Stopped { host_tsc: host_tsc(), clock: read_clock(vm)?, set: false });
+            let (clock, host_tsc) = read_clock(vm)?;
+            *stopped = Some(Stopped { host_tsc, clock, set: false });
         }
         Ok(())
     }
@@ -84,7 +85,7 @@ impl Time {
     pub(crate) fn clock(&self, vm: &VmFd) -> Result<Clock, PartitionError> {
         match *self.stopped() {
             Some(stopped) => Ok(stopped.clock),
-            None => read_clock(vm),
+            None => Ok(read_clock(vm)?.0),
         }
     }
 
@@ -109,9 +110,12 @@ impl Time {
     }
 }
 
-fn read_clock(vm: &VmFd) -> Result<Clock, PartitionError> {
-    let clock = vm.get_clock().for_partition("KVM_GET_CLOCK")?.clock;
-    Ok(Clock { elapsed: Duration::from_nanos(clock), host_time: since_1970() })
+/// The clock, and the host's counter at the same moment: KVM says which that was, where it computes the one from the other.
+fn read_clock(vm: &VmFd) -> Result<(Clock, u64), PartitionError> {
+    let read = vm.get_clock().for_partition("KVM_GET_CLOCK")?;
+    let told = read.flags & KVM_CLOCK_HOST_TSC != 0;
+    let clock = Clock { elapsed: Duration::from_nanos(read.clock), host_time: since_1970() };
+    Ok((clock, if told { read.host_tsc } else { host_tsc() }))
 }
 
 fn set_clock(vm: &VmFd, elapsed: Duration) -> Result<(), PartitionError> {

@@ -206,6 +206,10 @@ impl KvmProcessor {
                 return Step::Break(VpHaltReason::PowerOff);
             }
             Exit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET } => return Step::Break(VpHaltReason::Reset),
+            Exit::Debug { dr6 } if self.debug.is_some() => {
+                self.pending = Pending::Nothing;
+                return self.debug_exit(dr6);
+            }
             exit => {
                 self.pending = Pending::Nothing;
                 return Step::Break(self.halt(exit));
@@ -214,13 +218,24 @@ impl KvmProcessor {
         Step::Continue(())
     }
 
+    /// What the debugger has asked for halts the VP; what the guest has asked for is the guest's.
+    fn debug_exit(&self, dr6: u64) -> Step {
+        if let Some(reason) = debug::reason(self.debug.as_ref(), dr6) {
+            return Step::Break(reason);
+        }
+        let blocks_interrupts = self.partition.host.debug_blocks_interrupts;
+        match debug::reinject(&self.vcpu, self.debug.as_ref(), blocks_interrupts, dr6) {
+            Ok(()) => Step::Continue(()),
+            Err(error) => {
+                let reason = format!("a debug exception of the guest's is lost: {}", error.chain());
+                Step::Break(VpHaltReason::Fault(self.fault(reason, None)))
+            }
+        }
+    }
+
     /// Why the VP halts, by the exit that makes it.
     fn halt(&self, exit: Exit) -> VpHaltReason {
         match exit {
-            Exit::Debug { dr6 } => {
-                let reason = debug::reason(self.debug.as_ref(), dr6);
-                reason.unwrap_or_else(|| VpHaltReason::Fault(self.fault(fault::reason(exit), None)))
-            }
             Exit::Shutdown => {
                 let reset = self.partition.host.resets_on_triple_fault();
                 let note = reset.then(|| fault::AFTER_INIT.to_owned());

@@ -86,3 +86,21 @@ fn no_such_breakpoint_is_refused_and_changes_nothing() {
     guest.start();
     assert!(matches!(guest.halt(), VpHaltReason::HwBreak(hit) if hit == execute));
 }
+
+#[test]
+fn a_guest_that_is_debugged_has_its_own_debug_exceptions() {
+    // pushf; pop ax; or ah, 1; push ax; popf; nop; cli; hlt. The handler prints D.
+    let code = [0x9c, 0x58, 0x80, 0xcc, 0x01, 0x50, 0x9d, 0x90, 0xfa, 0xf4];
+    let guest = Guest::new(Mode::Real, &code);
+    guest.memory.write_obj(0x1800_u32, GuestAddress(4)).unwrap();
+    // mov dx, SERIAL; mov al, D; out dx, al; cli; hlt
+    guest
+        .memory
+        .write_slice(&[0xba, 0xf8, 0x03, 0xb0, b'D', 0xee, 0xfa, 0xf4], GuestAddress(0x1800))
+        .unwrap();
+    debug(&guest, stop_at(at(0x2000, 1, AccessKind::Execute)));
+    guest.start();
+    guest.bus.expect("D");
+    guest.stop();
+    guest.assert_no_halt();
+}
