@@ -962,7 +962,7 @@ async fn an_inspected_node_that_cannot_be_updated_says_why(stage: Stage) -> Stor
         ("", "1", GuestError::NotSupported, "not writable"),
         ("state", "running", GuestError::NotSupported, "\"state\": the node is not writable"),
         ("units/memory/unit/bytes", "1", GuestError::NotSupported, "not writable"),
-        ("vps/0/registers/rip", "0", GuestError::NotSupported, "not writable"),
+        ("vps/0/state/registers/rip", "0", GuestError::NotSupported, "not writable"),
         ("units/nobody", "1", GuestError::BadConfig, "there is no node \"units/nobody\""),
         ("deadline/low", "10s", GuestError::BadConfig, "there is no node"),
         ("deadline\0", "10s", GuestError::BadConfig, "there is no node"),

@@ -83,7 +83,7 @@ async fn a_breakpoint_in_ring_0() -> Story {
     running.input.write(b"int3\n").await?;
     let (code, detail) = refused(running.run.await)?;
     expect(&detail, code, GuestError::VcpuRuntimeFailure)?;
-    for words in ["KVM_EXIT_INTERNAL_ERROR", "VP 0", "rip=0x"] {
+    for words in ["KVM_EXIT_INTERNAL_ERROR", "at the instruction bytes cc", "VP 0", "rip=0x"] {
         says(&detail, words)?;
     }
     expect("outcome", running.guest.terminated().await?.outcome, Outcome::Crashed)?;

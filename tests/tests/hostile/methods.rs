@@ -82,9 +82,9 @@ async fn of_the_guest(guest: &guest::Client) -> Story {
 
 async fn of_the_control(control: &guest_control::Client) -> Story {
     unimplemented("powerButton", control.power_button_request().send().promise).await?;
-    unimplemented("nmi", control.nmi_request().send().promise).await?;
     unimplemented("snapshot", control.snapshot_request().send().promise).await?;
     of_the_update(control).await?;
+    of_the_dump(control).await?;
     let unheard = control.debugger_request().send().promise.await;
     expect("a debugger without a sink is refused", unheard.is_err(), true)?;
     let answer = control.add_unit_request().send().promise.await?;
@@ -118,6 +118,23 @@ async fn of_the_update(control: &guest_control::Client) -> Story {
         let Err(failure) = failure else { anyhow::bail!("{path:.20} took {value:.20}") };
         expect(&failure.detail, failure.code, code)?;
         expect("the detail is bounded", failure.detail.len() < 1024, true)?;
+    }
+    Ok(())
+}
+
+/// Whatever is asked of a core dump, at most 1 MiB comes, and nothing from beyond its end.
+async fn of_the_dump(control: &guest_control::Client) -> Story {
+    let core = control.dump_request().send().promise.await?.get()?.get_core()?;
+    let bytes = core.size_request().send().promise.await?.get()?.get_bytes();
+    let most = 1 << 20;
+    let cases =
+        [(0, 0, 0), (0, u32::MAX, most), (bytes - 1, u32::MAX, 1), (bytes, 1, 0), (u64::MAX, u32::MAX, 0)];
+    for (offset, count, expected) in cases {
+        let mut request = core.read_request();
+        request.get().set_offset(offset);
+        request.get().set_count(count);
+        let read = request.send().promise.await?.get()?.get_bytes()?.len();
+        expect(&format!("bytes at {offset}"), read, expected)?;
     }
     Ok(())
 }
