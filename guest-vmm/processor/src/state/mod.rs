@@ -123,8 +123,15 @@ impl Inspect for IrqRoutes {
     }
 }
 
-/// IA32_TSC_DEADLINE (Intel SDM volume 3, section 11.5.4.1). It becomes 0 by itself when the timer expires.
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Registers that change by themselves while their VP is stopped.
+const MOVING_MSRS: [u32; 3] = [
+    // IA32_TSC_DEADLINE (Intel SDM volume 3, section 11.5.4.1) becomes 0 when the timer expires.
+    0x6e0,
+    // HV_X64_MSR_VP_RUNTIME and HV_X64_MSR_TIME_REF_COUNT (Hypervisor Top-Level Functional Specification, sections 10.4 and 12.3)
+    // count on; the latter takes no value.
+    0x4000_0010,
+    0x4000_0020,
+];
 
 impl VpState {
     /// Without what changes by itself while the VP is stopped.
@@ -132,7 +139,7 @@ impl VpState {
         let mut settled = self.clone();
         settled.local_apic = self.local_apic.as_ref().map(LocalApic::settled);
         if let Some(msrs) = &mut settled.msrs {
-            msrs.0.retain(|(number, _)| *number != IA32_TSC_DEADLINE);
+            msrs.0.retain(|(number, _)| !MOVING_MSRS.contains(number));
         }
         settled
     }
