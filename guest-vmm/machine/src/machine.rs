@@ -135,7 +135,7 @@ impl MachineView {
         let mut response = request.respond();
         self.units.respond_with(&mut response);
         response.child(VPS, |request| self.vps.inspect(request));
-        response.child("debugger", |request| self.vps.debug.inspect(request));
+        response.child("debugger", |request| self.vps.inspect_debugger(request));
     }
 }
 

@@ -216,7 +216,7 @@ async fn every_unit_device_and_vp_of_a_running_machine_is_in_the_tree() {
     bench.start().await;
     let tree = bench.look("").await;
     assert_eq!(unanswered(&tree, ""), [""; 0]);
-    assert_eq!(names(&tree), ["state", "units", "vps"]);
+    assert_eq!(names(&tree), ["state", "units", "vps", "debugger"]);
     assert_eq!(names(at(&tree, "units")), UNITS);
     for unit in UNITS {
         let unit = at(at(&tree, "units"), unit);
@@ -391,5 +391,5 @@ async fn of_a_destroyed_machine_nothing_is_left_to_see() {
     bench.machine.destroy().await;
     assert_eq!((view.graph(), view.timeline()), (Vec::new(), Vec::new()));
     let tree = view.inspect("", usize::MAX, View::Everything).finish(PATIENT).await;
-    assert_eq!(tree.to_string(), "vps: (empty)\n");
+    assert_eq!(tree.to_string(), "vps: (empty)\ndebugger: (empty)\n");
 }
