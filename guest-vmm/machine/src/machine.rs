@@ -155,7 +155,7 @@ impl MachineView {
     pub fn respond_with(&self, response: &mut Response<'_>) {
         self.units.respond_with(response);
         response.child(VPS, |request| self.vps.inspect(request));
-        response.child("debugger", |request| self.vps.debug.inspect(request));
+        response.child("debugger", |request| self.vps.inspect_debugger(request));
     }
 }
 

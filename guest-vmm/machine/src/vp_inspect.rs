@@ -20,6 +20,16 @@ impl Inspect for VpSet {
     }
 }
 
+impl VpSet {
+    /// Whether there is a debugger, and which VPs it holds. Nothing once the VPs are gone.
+    pub(crate) fn inspect_debugger(&self, request: Request<'_>) {
+        match self.threads.try_read() {
+            Ok(threads) if threads.is_empty() => drop(request.respond()),
+            _ => self.debug.inspect(request),
+        }
+    }
+}
+
 fn inspect_vp(vps: &VpSet, thread: &VpThread, request: Request<'_>) {
     let mut response = request.respond();
     response.child("activity", |request| match vps.known_activity(thread.vp()) {

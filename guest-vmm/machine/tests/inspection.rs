@@ -224,7 +224,7 @@ async fn every_unit_device_and_vp_of_a_running_machine_is_in_the_tree() {
     bench.start().await;
     let tree = bench.look("").await;
     assert_eq!(unanswered(&tree, ""), [""; 0]);
-    assert_eq!(names(&tree), ["state", "deadline", "units", "vps"]);
+    assert_eq!(names(&tree), ["state", "deadline", "units", "vps", "debugger"]);
     assert_eq!(names(at(&tree, "units")), UNITS);
     for unit in UNITS {
         let unit = at(at(&tree, "units"), unit);
@@ -435,5 +435,5 @@ async fn of_a_destroyed_machine_nothing_is_left_to_see() {
     bench.machine.destroy().await;
     assert_eq!((view.graph(), view.timeline()), (Vec::new(), Vec::new()));
     let tree = begin(&view, "", usize::MAX, View::Everything).finish(PATIENT).await;
-    assert_eq!(tree.to_string(), "vps: (empty)\n");
+    assert_eq!(tree.to_string(), "vps: (empty)\ndebugger: (empty)\n");
 }
