@@ -1,10 +1,12 @@
 //! The benchmark measures every figure and writes what it measured in the shape that is agreed.
 
 use std::process::{Command, ExitCode, Output};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use guest_tests::bench::figure::Definition;
 use guest_tests::bench::{definitions, units, vps};
+use guest_tests::lab::Lab;
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::stage::Story;
 use serde_json::{Map, Value};
@@ -22,8 +24,21 @@ fn main() -> ExitCode {
         trial("graphs_of_state_units_are_not_empty", &[], empty_graphs),
         trial("vps_are_measured_in_every_count", kvm, virtual_processors),
         trial("vps_beyond_what_a_guest_can_have_are_refused", &[], too_many_vps),
+        trial("the_state_of_vps_is_kept_on_mainline_kvm", &[Requirement::Lab], mainline_kvm),
     ];
     run(trials, || {})
+}
+
+/// All of a VP's state, its own time-stamp counter included, is saved and restored where KVM is the mainline's: a build for tests
+/// reads back what it has restored, and fails where that differs.
+fn mainline_kvm() -> Story {
+    const LIMIT: Duration = Duration::from_secs(200);
+    ensure!(cfg!(debug_assertions), "only a build for tests compares");
+    let lab = Lab::boot(&[env!("CARGO_BIN_EXE_guest-bench").into()])?;
+    let done = lab.run("guest-bench vps --counts 1,2 --rounds 2 --allow-debug", LIMIT)?;
+    ensure!(done.status == 0, "{}", done.output);
+    assert!(done.output.contains("setting a VP's state"), "{}", done.output);
+    Ok(())
 }
 
 fn bench(arguments: &[&str]) -> anyhow::Result<(Output, Vec<Map<String, Value>>)> {
