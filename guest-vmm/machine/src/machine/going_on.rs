@@ -489,6 +489,24 @@ async fn an_nmi_that_was_sent_to_a_stopped_vp_is_saved() {
     original.end().await;
 }
 
+/// On KVM: the clock stands where it stood, and the routes are those that the guest has set up.
+#[tokio::test]
+async fn a_partition_is_as_the_one_before_was() {
+    let mut original = Bench::builtin(1).await;
+    original.start().await;
+    original.expect("READY\n").await;
+    original.stop().await;
+    let states = original.save().await;
+    let before: PartitionState = state_of(&states, "partition");
+    assert!(before.clock.is_some(), "{before:?}");
+    let mut new = Bench::builtin(1).await;
+    new.take_over(&original, states).await;
+    let now: PartitionState = state_of(&new.save().await, "partition");
+    assert_eq!(now, before);
+    new.end().await;
+    original.end().await;
+}
+
 /// On KVM: the VP starts where the boot loader said, though the machine that it starts in has loaded nothing.
 #[tokio::test]
 async fn a_kvm_guest_that_is_yet_to_start_starts_in_another_machine() {
