@@ -404,120 +404,125 @@ proptest! {
 const MOVES: usize = 6;
 const BURST_LINES: usize = 16 * 16;
 
-/// On KVM, whose state is whole: a burst of output that is cut at any byte has every byte once, whichever machine wrote it.
-#[tokio::test]
-async fn a_burst_goes_on_from_machine_to_machine_to_the_byte() {
-    let mut bench = Bench::builtin(1).await;
-    bench.start().await;
-    bench.expect("READY\n").await;
-    bench.type_in("burst 16\n");
-    let mut burst = Vec::new();
-    for moves in 1..=MOVES {
-        // A part of the burst later than before, wherever the guest stands in it then.
-        while burst.len() + bench.written.len() < BURST_LINES * 64 / (MOVES + 1) * moves {
-            bench.more().await;
-        }
-        bench.stop().await;
-        burst.extend(bench.rest());
-        let new = Bench::builtin(1).await;
-        let states = bench.save().await;
-        new.take_over(&bench, states).await;
-        new.start().await;
-        std::mem::replace(&mut bench, new).end().await;
-    }
-    burst.extend(bench.expect("burst done\n").await.into_bytes());
-    let lines: String = (0..BURST_LINES).map(burst_line).collect();
-    assert_eq!(String::from_utf8(burst).unwrap(), lines + "burst done\n");
-    bench.end().await;
-}
+/// The same on KVM, whose state is whole. Without /dev/kvm every test here fails, saying why there is none.
+mod on_kvm {
+    use super::*;
 
-/// On KVM: one VP halted by an idle guest, one waiting for SIPI, and a line of input with its interrupt on the way. Later one
-/// in a loop, one halted.
-#[tokio::test]
-async fn vps_that_wait_for_sipi_halt_or_run_go_on_in_another_machine() {
-    let mut original = Bench::builtin(2).await;
-    original.start().await;
-    original.expect("READY\n").await;
-    while original.activities().await != [VpActivity::Halted, VpActivity::WaitForSipi] {}
-    original.stop().await;
-    original.type_in("vps\n");
-    let mut second = Bench::builtin(2).await;
-    let states = original.save().await;
-    second.take_over(&original, states).await;
-    second.start().await;
-    second.expect("vps 2\n").await;
-    second.type_in("spin\n");
-    second.expect("spinning\n").await;
-    while second.activities().await != [VpActivity::Running, VpActivity::Halted] {}
-    second.stop().await;
-    let states = second.save().await;
-    let mut third = Bench::builtin(2).await;
-    third.take_over(&second, states.clone()).await;
-    third.start().await;
-    assert_eq!(third.activities().await, [VpActivity::Running, VpActivity::Halted]);
-    third.stop().await;
-    let before: vp::VpSetState = state_of(&states, VPS);
-    let now: vp::VpSetState = state_of(&third.save().await, VPS);
-    assert_eq!(before.vps[1].registers, now.vps[1].registers, "it has halted, and nothing wakes it");
-    // The first machine's guest goes on as if nothing had been taken from it.
-    original.start().await;
-    original.expect("vps 2\n").await;
-    original.type_in("count\n");
-    original.expect("count 1000\n").await;
-    for bench in [original, second, third] {
+    /// A burst of output that is cut at any byte has every byte once, whichever machine wrote it.
+    #[tokio::test]
+    async fn a_burst_goes_on_from_machine_to_machine_to_the_byte() {
+        let mut bench = Bench::builtin(1).await;
+        bench.start().await;
+        bench.expect("READY\n").await;
+        bench.type_in("burst 16\n");
+        let mut burst = Vec::new();
+        for moves in 1..=MOVES {
+            // A part of the burst later than before, wherever the guest stands in it then.
+            while burst.len() + bench.written.len() < BURST_LINES * 64 / (MOVES + 1) * moves {
+                bench.more().await;
+            }
+            bench.stop().await;
+            burst.extend(bench.rest());
+            let new = Bench::builtin(1).await;
+            let states = bench.save().await;
+            new.take_over(&bench, states).await;
+            new.start().await;
+            std::mem::replace(&mut bench, new).end().await;
+        }
+        burst.extend(bench.expect("burst done\n").await.into_bytes());
+        let lines: String = (0..BURST_LINES).map(burst_line).collect();
+        assert_eq!(String::from_utf8(burst).unwrap(), lines + "burst done\n");
         bench.end().await;
     }
-}
 
-/// On KVM: what was sent to a VP while it was stopped, and KVM was not told yet.
-#[tokio::test]
-async fn an_nmi_that_was_sent_to_a_stopped_vp_is_saved() {
-    let mut original = Bench::builtin(1).await;
-    let pending = |states: &[SavedStateUnit]| {
-        let state: vp::VpSetState = state_of(states, VPS);
-        state.vps[0].events.expect("KVM has them").nmis_pending
-    };
-    assert_eq!(pending(&original.save().await), 0);
-    original.machine.partition.inject_nmi(VpIndex(0));
-    let states = original.save().await;
-    assert_eq!(pending(&states), 1);
-    let mut new = Bench::builtin(1).await;
-    new.machine.partition.inject_nmi(VpIndex(0));
-    new.take_over(&original, states).await;
-    assert_eq!(pending(&new.save().await), 1, "the one that was saved, and none of its own");
-    new.end().await;
-    original.end().await;
-}
+    /// One VP halted by an idle guest, one waiting for SIPI, and a line of input with its interrupt on the way. Later one
+    /// in a loop, one halted.
+    #[tokio::test]
+    async fn vps_that_wait_for_sipi_halt_or_run_go_on_in_another_machine() {
+        let mut original = Bench::builtin(2).await;
+        original.start().await;
+        original.expect("READY\n").await;
+        while original.activities().await != [VpActivity::Halted, VpActivity::WaitForSipi] {}
+        original.stop().await;
+        original.type_in("vps\n");
+        let mut second = Bench::builtin(2).await;
+        let states = original.save().await;
+        second.take_over(&original, states).await;
+        second.start().await;
+        second.expect("vps 2\n").await;
+        second.type_in("spin\n");
+        second.expect("spinning\n").await;
+        while second.activities().await != [VpActivity::Running, VpActivity::Halted] {}
+        second.stop().await;
+        let states = second.save().await;
+        let mut third = Bench::builtin(2).await;
+        third.take_over(&second, states.clone()).await;
+        third.start().await;
+        assert_eq!(third.activities().await, [VpActivity::Running, VpActivity::Halted]);
+        third.stop().await;
+        let before: vp::VpSetState = state_of(&states, VPS);
+        let now: vp::VpSetState = state_of(&third.save().await, VPS);
+        assert_eq!(before.vps[1].registers, now.vps[1].registers, "it has halted, and nothing wakes it");
+        // The first machine's guest goes on as if nothing had been taken from it.
+        original.start().await;
+        original.expect("vps 2\n").await;
+        original.type_in("count\n");
+        original.expect("count 1000\n").await;
+        for bench in [original, second, third] {
+            bench.end().await;
+        }
+    }
 
-/// On KVM: the clock stands where it stood, and the routes are those that the guest has set up.
-#[tokio::test]
-async fn a_partition_is_as_the_one_before_was() {
-    let mut original = Bench::builtin(1).await;
-    original.start().await;
-    original.expect("READY\n").await;
-    original.stop().await;
-    let states = original.save().await;
-    let before: PartitionState = state_of(&states, "partition");
-    assert!(before.clock.is_some(), "{before:?}");
-    let mut new = Bench::builtin(1).await;
-    new.take_over(&original, states).await;
-    let now: PartitionState = state_of(&new.save().await, "partition");
-    assert_eq!(now, before);
-    new.end().await;
-    original.end().await;
-}
+    /// What was sent to a VP while it was stopped, and KVM was not told yet.
+    #[tokio::test]
+    async fn an_nmi_that_was_sent_to_a_stopped_vp_is_saved() {
+        let mut original = Bench::builtin(1).await;
+        let pending = |states: &[SavedStateUnit]| {
+            let state: vp::VpSetState = state_of(states, VPS);
+            state.vps[0].events.expect("KVM has them").nmis_pending
+        };
+        assert_eq!(pending(&original.save().await), 0);
+        original.machine.partition.inject_nmi(VpIndex(0));
+        let states = original.save().await;
+        assert_eq!(pending(&states), 1);
+        let mut new = Bench::builtin(1).await;
+        new.machine.partition.inject_nmi(VpIndex(0));
+        new.take_over(&original, states).await;
+        assert_eq!(pending(&new.save().await), 1, "the one that was saved, and none of its own");
+        new.end().await;
+        original.end().await;
+    }
 
-/// On KVM: the VP starts where the boot loader said, though the machine that it starts in has loaded nothing.
-#[tokio::test]
-async fn a_kvm_guest_that_is_yet_to_start_starts_in_another_machine() {
-    let mut original = Bench::builtin(1).await;
-    let mut new = Bench::builtin(1).await;
-    let states = original.save().await;
-    new.take_over(&original, states).await;
-    new.start().await;
-    new.expect("READY\n").await;
-    new.type_in("echo here\n");
-    new.expect("here\n").await;
-    new.end().await;
-    original.end().await;
+    /// The clock stands where it stood, and the routes are those that the guest has set up.
+    #[tokio::test]
+    async fn a_partition_is_as_the_one_before_was() {
+        let mut original = Bench::builtin(1).await;
+        original.start().await;
+        original.expect("READY\n").await;
+        original.stop().await;
+        let states = original.save().await;
+        let before: PartitionState = state_of(&states, "partition");
+        assert!(before.clock.is_some(), "{before:?}");
+        let mut new = Bench::builtin(1).await;
+        new.take_over(&original, states).await;
+        let now: PartitionState = state_of(&new.save().await, "partition");
+        assert_eq!(now, before);
+        new.end().await;
+        original.end().await;
+    }
+
+    /// The VP starts where the boot loader said, though the machine that it starts in has loaded nothing.
+    #[tokio::test]
+    async fn a_kvm_guest_that_is_yet_to_start_starts_in_another_machine() {
+        let mut original = Bench::builtin(1).await;
+        let mut new = Bench::builtin(1).await;
+        let states = original.save().await;
+        new.take_over(&original, states).await;
+        new.start().await;
+        new.expect("READY\n").await;
+        new.type_in("echo here\n");
+        new.expect("here\n").await;
+        new.end().await;
+        original.end().await;
+    }
 }
