@@ -45,7 +45,8 @@ fn guest_debug(state: Option<&DebugState>, blocks_interrupts: bool) -> Result<kv
         debug.control = KVM_GUESTDBG_ENABLE;
         if *single_step {
             debug.control |= KVM_GUESTDBG_SINGLESTEP;
-            // A step would else be the first instruction of an interrupt's handler.
+            // A step would else be the first instruction of an interrupt's handler, and the trap flag by which KVM steps would be
+            // saved on the guest's stack and trap it later. So a VP in HLT makes no step before it is let go on.
             debug.control |= if blocks_interrupts { KVM_GUESTDBG_BLOCKIRQ } else { 0 };
         }
         let mut control = CONTROL;

@@ -296,9 +296,7 @@ impl Processor for KvmProcessor {
 
     fn set_debug_state(&mut self, vtl: Vtl, state: Option<&DebugState>) -> Result<(), KvmError> {
         vtl.only_vtl0()?;
-        // A VP that waits in HLT steps on when an interrupt comes, and not without.
-        let halted = self.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?.mp_state == KVM_MP_STATE_HALTED;
-        debug::set(&self.vcpu, state, self.partition.host.debug_blocks_interrupts && !halted)?;
+        debug::set(&self.vcpu, state, self.partition.host.debug_blocks_interrupts)?;
         self.debug = state.copied();
         Ok(())
     }

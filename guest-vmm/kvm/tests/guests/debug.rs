@@ -4,9 +4,7 @@
 
 use crate::guest::*;
 use futures::executor::block_on;
-use processor::{
-    AccessKind, DebugState, HardwareBreakpoint, MpState, Registers, VpError, VpHaltReason, VpIndex,
-};
+use processor::{AccessKind, DebugState, HardwareBreakpoint, Registers, VpError, VpHaltReason};
 use vm_memory::{Bytes, GuestAddress};
 
 /// `mov eax, 1; inc eax; mov [0x3000], eax; mov ebx, [0x3000]; jmp` to itself.
@@ -105,21 +103,4 @@ fn a_guest_that_is_debugged_has_its_own_debug_exceptions() {
     guest.bus.expect("D");
     guest.stop();
     guest.assert_no_halt();
-}
-
-#[test]
-fn a_step_of_a_halted_vp_ends_with_the_interrupt_that_wakes_it() {
-    // cli; hlt; nop
-    let guest = Guest::new(Mode::Real, &[0xfa, 0xf4, 0x90, 0xeb, 0xfe]);
-    guest.memory.write_obj(0x1800_u32, GuestAddress(2 * 4)).unwrap();
-    guest.memory.write_slice(&[0x90, 0xcf], GuestAddress(0x1800)).unwrap(); // nop; iret
-    guest.start();
-    while guest.access(|state| state.mp_state().unwrap()) != MpState::Halted {
-        guest.assert_no_halt();
-    }
-    guest.stop();
-    debug(&guest, DebugState { single_step: true, ..DebugState::default() });
-    guest.start();
-    guest.partition.inject_nmi(VpIndex(0));
-    assert!(matches!(guest.halt(), VpHaltReason::SingleStep));
 }
