@@ -120,8 +120,9 @@ interface Debugger {
   # Holds all VPs; answers when none is in the guest. Nothing is sent to the sink for it.
   resume @2 (run :List(UInt32), step :List(UInt32)) -> (resumption :UInt64, error :Common.Failure);
   # Lets held VPs go on: `run` for good, `step` for one instruction; others stay held. A VP that stopped at a breakpoint executes the
-  # instruction there first. `resumption` counts these calls, from 1. alreadyRunning if one of the VPs is not held; badConfig if one
-  # is named twice; notSupported without steps; limitExceeded while too much waits to be taken by the sink.
+  # instruction there first. Interrupts are held back from a VP that steps, so that one in HLT makes no step. `resumption` counts these
+  # calls, from 1. alreadyRunning if one of the VPs is not held; badConfig if one is named twice; notSupported without steps;
+  # limitExceeded while too much waits to be taken by the sink.
   setBreakpoints @3 (breakpoints :List(Breakpoint)) -> (result :Common.Result);
   # Replaces the breakpoints, which are those of all VPs, held or not. badConfig for one that the architecture does not have,
   # limitExceeded for more than there are, notSupported for one for data where only instructions have them; nothing changes then.

@@ -1,7 +1,7 @@
 //! Any bytes as a blob of saved state, and its value as every root of the schema.
 //!
 //! Holds to: nothing panics; what decodes is the same after it was encoded again; the registry accepts exactly what its
-//! type decodes, and describes it.
+//! type decodes, and describes it; a state of VPs or of a partition is refused, or is the same after it was saved again.
 
 #![no_main]
 
@@ -12,9 +12,11 @@ use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
+use guest_saved_state::processor::{partition, vp};
 use guest_saved_state::saved_state_roots;
 use libfuzzer_sys::fuzz_target;
-use prost::Message;
+use processor::{PartitionState, VpState};
+use prost::{Message, Name};
 use save_restore::{NoSavedState, SavedStateBlob, SavedStateRoot};
 
 /// A root: its full name, and what has to hold for any bytes as its message.
@@ -29,13 +31,15 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 5] {
+fn roots() -> [Root; 7] {
     [
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
         Root::of::<NoSavedState>(),
+        Root { name: vp::VpSetState::full_name(), hold: hold_vps },
+        Root { name: partition::PartitionState::full_name(), hold: hold_partition },
     ]
 }
 
@@ -53,6 +57,23 @@ fn hold<T: SavedStateRoot + PartialEq + Debug>(value: &[u8]) {
     let again = SavedStateBlob::new(&state);
     assert_eq!(again.type_name(), blob.type_name());
     assert_eq!(again.parse::<T>().expect("encoded just now"), state);
+}
+
+fn hold_vps(value: &[u8]) {
+    hold::<vp::VpSetState>(value);
+    let Ok(state) = vp::VpSetState::decode(value) else { return };
+    for vp in state.vps.into_iter().filter_map(|vp| VpState::try_from(vp).ok()) {
+        let again = VpState::try_from(vp::VpState::from(&vp)).expect("saved just now");
+        assert_eq!(again, vp);
+    }
+}
+
+fn hold_partition(value: &[u8]) {
+    hold::<partition::PartitionState>(value);
+    let Ok(state) = partition::PartitionState::decode(value) else { return };
+    let Ok(state) = PartitionState::try_from(state) else { return };
+    let again = PartitionState::try_from(partition::PartitionState::from(&state)).expect("saved just now");
+    assert_eq!(again, state);
 }
 
 fuzz_target!(init: no_root_is_left_out(), |bytes: &[u8]| {
