@@ -18,8 +18,8 @@ pub use host_cpus::HostCpus;
 use crate::sync::oneshot;
 use crate::sync::thread::{Builder, JoinHandle};
 use crate::{
-    BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, StateAccessError, VpFault,
-    VpHaltReason, VpIndex, VpState, VpStateKind, Vtl,
+    BindProcessor, CpuIo, DebugState, ErasedVpState, Partition, PartitionError, StateAccessError, StateError,
+    VpFault, VpHaltReason, VpIndex, VpState, VpStateKind, Vtl,
 };
 use executor::{Wakeup, block_on};
 use futures::channel::mpsc;
@@ -27,7 +27,6 @@ use inspect::Deferred;
 use rustix::thread::{Pid, gettid};
 use std::any::Any;
 use std::convert::Infallible;
-use std::error::Error;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -60,7 +59,7 @@ pub enum VpError {
         vp: VpIndex,
         /// What the hypervisor said.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: StateError,
     },
     /// The VP could not be saved or restored.
     #[error("VP {vp} could not be saved or restored")]
@@ -191,7 +190,7 @@ impl VpThread {
     /// [`VpThread::access`] and [`VpThread::start`] are two, each with its way there and back.
     pub async fn start_from<F>(&self, prepare: F) -> Result<(), VpError>
     where
-        F: FnOnce(&mut dyn ErasedVpState) -> Result<(), Box<dyn Error + Send + Sync>> + Send + 'static,
+        F: FnOnce(&mut dyn ErasedVpState) -> Result<(), StateError> + Send + 'static,
     {
         self.ask(|answer| Command::Start(Some(Box::new(prepare)), answer)).await?
     }

@@ -4,15 +4,14 @@ use super::VpError;
 use super::executor::Wakeup;
 use crate::sync::oneshot;
 use crate::{
-    CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StateAccessError, StopVpSource, VpHaltReason,
-    VpIndex, VpState, VpStateKind, Vtl,
+    CpuIo, DebugState, ErasedVpState, PowerRequest, Processor, StateError, StopVpSource, VpHaltReason,
+    VpIndex, VpState, Vtl,
 };
 use futures::StreamExt;
 use futures::channel::mpsc;
 use futures::future::{Either, select};
 use inspect::Deferred;
 use std::convert::Infallible;
-use std::error::Error;
 use std::future::{Future, poll_fn};
 use std::ops::ControlFlow;
 use std::pin::pin;
@@ -23,8 +22,7 @@ use std::task::Poll;
 pub(super) type AccessState = Box<dyn FnOnce(Result<&mut dyn ErasedVpState, VpError>) + Send>;
 
 /// What is done to a VP's state before it runs.
-pub(super) type PrepareState =
-    Box<dyn FnOnce(&mut dyn ErasedVpState) -> Result<(), Box<dyn Error + Send + Sync>> + Send>;
+pub(super) type PrepareState = Box<dyn FnOnce(&mut dyn ErasedVpState) -> Result<(), StateError> + Send>;
 
 /// What is asked of a VP's thread. An answer that nobody waits for any more is dropped.
 pub(super) enum Command {
@@ -117,10 +115,9 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
     fn start(&mut self, prepare: Option<PrepareState>) -> Result<(), VpError> {
         self.refuse_running()?;
         if let Some(prepare) = prepare {
+            let vp = self.vp;
             self.flush()?;
-            let prepared = self.processor.access_state(Vtl::Vtl0).map_err(Into::into);
-            let prepared = prepared.and_then(|mut state| prepare(&mut state));
-            prepared.map_err(|source| VpError::State { vp: self.vp, source })?;
+            prepare(&mut self.state()?).map_err(|source| VpError::State { vp, source })?;
         }
         self.running = true;
         Ok(())
@@ -133,26 +130,17 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
     }
 
     fn save(&mut self) -> Result<VpState, VpError> {
+        let vp = self.vp;
         self.refuse_running()?;
         self.flush()?;
-        self.with_state(VpState::save)
+        VpState::save(&mut self.state()?).map_err(|source| VpError::States { vp, source })
     }
 
     /// After a reset: what the VP had begun, and was told, is no part of the state that it is put into.
     fn restore(&mut self, state: &VpState) -> Result<(), VpError> {
-        self.reset()?;
-        self.with_state(|access| state.restore(access))
-    }
-
-    fn with_state<R>(
-        &mut self,
-        act: impl FnOnce(&mut dyn ErasedVpState) -> Result<R, StateAccessError<VpStateKind>>,
-    ) -> Result<R, VpError> {
         let vp = self.vp;
-        match self.processor.access_state(Vtl::Vtl0) {
-            Ok(mut state) => act(&mut state).map_err(|source| VpError::States { vp, source }),
-            Err(source) => Err(VpError::State { vp, source: source.into() }),
-        }
+        self.reset()?;
+        state.restore(&mut self.state()?).map_err(|source| VpError::States { vp, source })
     }
 
     fn scrub(&mut self, vtl: Vtl) -> Result<(), VpError> {
@@ -171,11 +159,17 @@ impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
         if let Err(error) = self.flush() {
             return access(Err(error));
         }
-        let vp = self.vp;
-        match self.processor.access_state(Vtl::Vtl0) {
+        match self.state() {
             Ok(mut state) => access(Ok(&mut state)),
-            Err(error) => access(Err(VpError::State { vp, source: error.into() })),
+            Err(error) => access(Err(error)),
         }
+    }
+
+    /// The VP's state. What the VP has begun has to be complete.
+    fn state(&mut self) -> Result<P::StateAccess<'_>, VpError> {
+        let vp = self.vp;
+        let state = self.processor.access_state(Vtl::Vtl0);
+        state.map_err(|source| VpError::State { vp, source: source.into() })
     }
 
     fn refuse_running(&self) -> Result<(), VpError> {
