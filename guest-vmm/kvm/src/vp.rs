@@ -149,8 +149,7 @@ impl KvmProcessor {
             self.handle(io)?;
         }
         if let Err(error) = self.take_nmi() {
-            let fault = self.fault(error.chain(), None);
-            return Step::Break(VpHaltReason::Fault(fault));
+            return Step::Break(self.failed(error.chain()));
         }
         loop {
             let run = self.kick.in_run(|| self.vcpu.run().map(drop));
@@ -165,8 +164,7 @@ impl KvmProcessor {
                 }
                 Err(errno) => {
                     let error = io_error(kvm_ioctls::Error::new(errno));
-                    let fault = self.fault(format!("KVM_RUN failed: {error}"), None);
-                    return Step::Break(VpHaltReason::Fault(fault));
+                    return Step::Break(self.failed(format!("KVM_RUN failed: {error}")));
                 }
             }
         }
@@ -228,7 +226,7 @@ impl KvmProcessor {
             Ok(()) => Step::Continue(()),
             Err(error) => {
                 let reason = format!("a debug exception of the guest's is lost: {}", error.chain());
-                Step::Break(VpHaltReason::Fault(self.fault(reason, None)))
+                Step::Break(self.failed(reason))
             }
         }
     }
@@ -241,13 +239,17 @@ impl KvmProcessor {
                 let note = reset.then(|| fault::AFTER_INIT.to_owned());
                 VpHaltReason::TripleFault(self.fault(fault::reason(exit), note))
             }
-            _ => VpHaltReason::Fault(self.fault(fault::reason(exit), None)),
+            _ => self.failed(fault::reason(exit)),
         }
     }
 
     /// The elements of a port's data: string instructions have several.
     fn elements(&mut self, data: Data, size: u8) -> impl Iterator<Item = &mut [u8]> {
         self.page.data(data).chunks_exact_mut(usize::from(size.max(1)))
+    }
+
+    fn failed(&self, reason: String) -> VpHaltReason {
+        VpHaltReason::Fault(self.fault(reason, None))
     }
 
     fn fault(&self, reason: String, note: Option<String>) -> Box<VpFault> {
@@ -261,10 +263,21 @@ impl KvmProcessor {
         if pace == self.pace {
             return Ok(());
         }
-        tsc::follow(self, pace).map_err(|error| {
-            let reason = format!("the time-stamp counter cannot be set: {}", error.chain());
-            VpHaltReason::Fault(self.fault(reason, None))
-        })
+        tsc::follow(self, pace)
+            .map_err(|error| self.failed(format!("the time-stamp counter cannot be set: {}", error.chain())))
+    }
+
+    /// Puts the VP into a state, whatever it had begun in the one that it has.
+    fn put_back(&mut self, state: &VpState) -> Result<(), KvmError> {
+        // Or what is pending would be completed in the new state: every access of the instruction, whatever devices would say.
+        self.flush_async_requests()?;
+        while self.pending == Pending::Exit {
+            self.pending = Pending::Completion;
+            self.flush_async_requests()?;
+        }
+        // An INIT that is pending is taken now, or it would come after the new state.
+        self.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
+        Ok(state.restore(&mut KvmState::new(self))?)
     }
 }
 
@@ -337,20 +350,6 @@ impl Processor for KvmProcessor {
         vtl.only_vtl0()?;
         let initial = VpState { tsc: None, cpuid: None, ..self.initial.clone() };
         self.put_back(&initial)
-    }
-}
-
-impl KvmProcessor {
-    fn put_back(&mut self, state: &VpState) -> Result<(), KvmError> {
-        // Or what is pending would be completed in the new state: every access of the instruction, whatever devices would say.
-        self.flush_async_requests()?;
-        while self.pending == Pending::Exit {
-            self.pending = Pending::Completion;
-            self.flush_async_requests()?;
-        }
-        // An INIT that is pending is taken now, or it would come after the new state.
-        self.vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
-        Ok(state.restore(&mut KvmState::new(self))?)
     }
 }
 
