@@ -159,9 +159,10 @@ impl MachineView {
     }
 }
 
-/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it (`activity`, `affinity`, `processor` and `state`), and
-/// `debugger`, which says whether there is one and which VPs it holds. What is the guest's own (what registers hold, its command line) is marked as sensitive. Units, VPs and devices that are stuck show as
-/// unanswered. To be asked in the machine's runtime.
+/// The tree is the set's ([`StateUnitsInspector`]), with `vps/<number>` beside it (`activity`, `affinity`, `processor` and
+/// `state`), and `debugger`, which says whether there is one and which VPs it holds. What is the guest's own (what registers
+/// hold, its command line) is marked as sensitive. Units, VPs and devices that are stuck show as unanswered. To be asked in the
+/// machine's runtime.
 impl Inspect for MachineView {
     fn inspect(&self, request: Request<'_>) {
         self.respond_with(&mut request.respond());

@@ -1,4 +1,5 @@
-//! What the VPs show of themselves: what each is doing, on which of the host's CPUs it may, what its hypervisor keeps for it and, as the guest's own, its state.
+//! What the VPs show of themselves: what each is doing, on which of the host's CPUs it may and, as the guest's own, what its
+//! hypervisor keeps for it and its state.
 //!
 //! A VP's state belongs to its thread. So each part that needs it is a question of its own to that thread: a VP that is stuck
 //! leaves its own questions unanswered and nobody else's. A VP that runs leaves the guest for a moment to answer.

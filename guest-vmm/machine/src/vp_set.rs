@@ -227,9 +227,10 @@ impl VpSet {
         let activities = threads.iter().map(|thread| async move {
             match self.known_activity(thread.vp()) {
                 Some(known) => known,
-                None => {
-                    tokio::time::timeout(within, activity(thread)).await.unwrap_or(VpActivity::Unanswered)
-                }
+                None => match ask(thread, within, |state| state.mp_state().into()).await {
+                    Some(answer) => answer.unwrap_or(VpActivity::Failed),
+                    None => VpActivity::Unanswered,
+                },
             }
         });
         join_all(activities).await
@@ -239,12 +240,12 @@ impl VpSet {
     pub(crate) async fn collect<T: Send + 'static>(
         &self,
         within: Duration,
-        ask: impl Fn(&mut dyn ErasedVpState) -> T + Clone + Send + 'static,
+        question: impl Fn(&mut dyn ErasedVpState) -> T + Clone + Send + 'static,
     ) -> Vec<Result<T, Option<String>>> {
         let threads = self.threads.read().await;
         let answers = threads.iter().map(|thread| async {
-            let answer = tokio::time::timeout(within, thread.access(ask.clone())).await;
-            answer.map_err(|_| None)?.map_err(|error| Some(error.to_string()))
+            let answer = ask(thread, within, question.clone()).await;
+            answer.ok_or(None)?.map_err(|error| Some(error.to_string()))
         });
         join_all(answers).await
     }
@@ -277,8 +278,13 @@ impl VpSet {
     }
 }
 
-async fn activity(thread: &VpThread) -> VpActivity {
-    thread.access(|state| state.mp_state().into()).await.unwrap_or(VpActivity::Failed)
+/// Asks a VP's state, on its thread. `None` if it does not answer in time.
+async fn ask<T: Send + 'static>(
+    thread: &VpThread,
+    within: Duration,
+    question: impl FnOnce(&mut dyn ErasedVpState) -> T + Send + 'static,
+) -> Option<Result<T, VpError>> {
+    tokio::time::timeout(within, thread.access(question)).await.ok()
 }
 
 /// What a VP that was started says of itself.
