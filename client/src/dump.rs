@@ -3,13 +3,11 @@
 use crate::guest::Control;
 use crate::{Call, ClientError};
 use futures::stream::{self, StreamExt};
+use guest_schema::MAX_FILE_READ;
 use guest_schema::common_capnp::file;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-
-/// The most bytes of one answer, as the protocol has it.
-const CHUNK: u32 = 1 << 20;
 
 /// How many reads are on their way at a time.
 const READS: usize = 4;
@@ -65,14 +63,14 @@ impl CoreDump {
     pub async fn save(&self, to: &File, mut progress: impl FnMut(u64, u64)) -> Result<(), DumpError> {
         let bytes = self.bytes().await?;
         progress(0, bytes);
-        let offsets = (0..bytes).step_by(CHUNK as usize);
+        let offsets = (0..bytes).step_by(MAX_FILE_READ as usize);
         let mut reads = stream::iter(offsets)
-            .map(|offset| async move { (offset, self.read(offset, CHUNK).await) })
+            .map(|offset| async move { (offset, self.read(offset, MAX_FILE_READ).await) })
             .buffered(READS);
         while let Some((offset, chunk)) = reads.next().await {
             let chunk = chunk?;
             let done = offset + chunk.len() as u64;
-            if done != bytes.min(offset + u64::from(CHUNK)) {
+            if done != bytes.min(offset + u64::from(MAX_FILE_READ)) {
                 return Err(DumpError::Short { read: done, bytes });
             }
             write_sparse(to, &chunk, offset).map_err(DumpError::Write)?;

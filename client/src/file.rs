@@ -1,13 +1,11 @@
 //! A file of the client that the VMM reads over RPC, for channels that pass no descriptors.
 
+use guest_schema::MAX_FILE_READ;
 use guest_schema::common_capnp::file;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
-
-/// The most bytes of one answer, as the protocol has it.
-const MAX_READ: u32 = 1 << 20;
 
 /// Serves an open file. Its offset is neither used nor moved, and reads happen on the runtime's blocking threads.
 pub(crate) struct FileServer(Arc<std::fs::File>);
@@ -39,7 +37,7 @@ impl file::Server for FileServer {
         params: file::ReadParams,
         mut results: file::ReadResults,
     ) -> capnp::Result<()> {
-        let (offset, count) = (params.get()?.get_offset(), params.get()?.get_count().min(MAX_READ));
+        let (offset, count) = (params.get()?.get_offset(), params.get()?.get_count().min(MAX_FILE_READ));
         let bytes = self.blocking(move |file| read_at(file, offset, count)).await?;
         results.get().set_bytes(&bytes);
         Ok(())

@@ -4,7 +4,7 @@
 
 use crate::config::Source;
 use guest_schema::common_capnp::file;
-use guest_schema::{Failure, GuestError};
+use guest_schema::{Failure, GuestError, MAX_FILE_READ};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -13,9 +13,6 @@ use std::time::Duration;
 
 /// What must hold of a file that is used without being copied.
 const SEALED: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
-
-/// How many bytes are asked of a client's file at a time.
-const CHUNK: u32 = 1 << 20;
 
 /// How long a client may take for each answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -95,7 +92,7 @@ async fn receive(file: &file::Client, limit: u64) -> Result<File, String> {
     let mut copy = memfd().map_err(|error| error.to_string())?;
     let mut offset = 0;
     while offset < bytes {
-        let count = u32::try_from(bytes - offset).map_or(CHUNK, |rest| rest.min(CHUNK));
+        let count = u32::try_from(bytes - offset).map_or(MAX_FILE_READ, |rest| rest.min(MAX_FILE_READ));
         let mut request = file.read_request();
         request.get().set_offset(offset);
         request.get().set_count(count);

@@ -29,3 +29,6 @@ pub use units::{LossPolicy, SavedStateKind, UnitConfig};
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.
 pub const PROTOCOL: u32 = 1;
+
+/// The most bytes that one `File.read` answers with, whoever keeps the file.
+pub const MAX_FILE_READ: u32 = 1 << 20;

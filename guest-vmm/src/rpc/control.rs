@@ -7,7 +7,7 @@ use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
 use guest_schema::common_capnp::file;
 use guest_schema::guest_capnp::{guest_control, observer};
-use guest_schema::{Failure, UnitConfig, chain};
+use guest_schema::{Failure, MAX_FILE_READ, UnitConfig, chain};
 use guest_transport::broken;
 use inspect::View;
 use machine::CoreDump;
@@ -82,6 +82,7 @@ impl guest_control::Server for Control {
         results.get().set_observer(observer);
         Ok(())
     }
+
     async fn inspect(
         self: Rc<Self>,
         params: guest_control::InspectParams,
@@ -96,6 +97,7 @@ impl guest_control::Server for Control {
         }
         Ok(())
     }
+
     async fn update(
         self: Rc<Self>,
         params: guest_control::UpdateParams,
@@ -127,6 +129,7 @@ impl guest_control::Server for Control {
         }
         Ok(())
     }
+
     async fn add_unit(
         self: Rc<Self>,
         params: guest_control::AddUnitParams,
@@ -193,6 +196,3 @@ impl file::Server for DumpFile {
         Ok(())
     }
 }
-
-/// The most bytes of one answer, as the protocol has it.
-const MAX_FILE_READ: u32 = 1 << 20;
