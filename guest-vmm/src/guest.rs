@@ -140,8 +140,7 @@ impl Guest {
 
     /// Begins a core dump.
     pub async fn dump(&self) -> Result<CoreDump, Failure> {
-        let view = self.view().ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest has ended"))?;
-        view.dump(VP_STATE).await.map_err(|error| {
+        self.machine()?.dump(VP_STATE).await.map_err(|error| {
             let code = match error {
                 DumpError::Gone => GuestError::NotRunning,
                 DumpError::Vp { .. } | DumpError::Memory(_) => GuestError::InternalError,
@@ -180,7 +179,7 @@ impl Guest {
 
     /// A node of its inspection tree.
     pub async fn inspect(&self, path: &str, depth: u32, view: View) -> Result<Node, Failure> {
-        let machine = self.inspected_machine()?;
+        let machine = self.machine()?;
         let depth = usize::try_from(depth.min(MAX_DEPTH)).unwrap_or(usize::MAX);
         let inspection = Inspection::start(path, depth, view, |request| self.answer(&machine, request));
         match inspection.finish(INSPECTION).await {
@@ -191,7 +190,7 @@ impl Guest {
 
     /// Gives a node of its inspection tree a new value; answers with its value after that, as text.
     pub async fn update(&self, path: &str, value: &str) -> Result<String, Failure> {
-        let machine = self.inspected_machine()?;
+        let machine = self.machine()?;
         if value.len() > MAX_VALUE {
             let detail = format!("value: {} bytes are more than {MAX_VALUE}", value.len());
             return Err(Failure::new(GuestError::LimitExceeded, detail));
@@ -214,14 +213,15 @@ impl Guest {
         self.settings.respond_with(&mut response);
     }
 
-    fn inspected_machine(&self) -> Result<Arc<MachineView>, Failure> {
-        let ended = || Failure::new(GuestError::NotRunning, "the guest has ended, and its machine with it");
-        self.view().ok_or_else(ended)
-    }
-
     /// Its machine, to look at; none once it has ended.
     pub fn view(&self) -> Option<Arc<MachineView>> {
         self.live.borrow().as_ref().map(|live| live.view.clone())
+    }
+
+    /// The same, or the failure of what needs it.
+    fn machine(&self) -> Result<Arc<MachineView>, Failure> {
+        let ended = || Failure::new(GuestError::NotRunning, "the guest has ended, and its machine with it");
+        self.view().ok_or_else(ended)
     }
 }
 

@@ -74,17 +74,18 @@ fn hardware(&Breakpoint { address, length, access }: &Breakpoint) -> HardwareBre
 /// The protocol's failure for it.
 fn failure(error: &DebugError) -> Failure {
     let code = match error {
-        DebugError::Taken | DebugError::TooLong { .. } | DebugError::TooManyBreakpoints { .. } => {
-            GuestError::LimitExceeded
-        }
-        DebugError::Unheard => GuestError::LimitExceeded,
+        DebugError::Taken
+        | DebugError::TooLong { .. }
+        | DebugError::TooManyBreakpoints { .. }
+        | DebugError::Unheard => GuestError::LimitExceeded,
         DebugError::Ended => GuestError::NotRunning,
         DebugError::Running { .. } | DebugError::Vp(VpError::Running { .. }) => GuestError::AlreadyRunning,
         DebugError::NotSupported(_) => GuestError::NotSupported,
-        DebugError::NoVp { .. } | DebugError::Twice { .. } | DebugError::NoSuchBreakpoint(_) => {
-            GuestError::BadConfig
-        }
-        DebugError::Memory(_) | DebugError::Vp(_) => GuestError::BadConfig,
+        DebugError::NoVp { .. }
+        | DebugError::Twice { .. }
+        | DebugError::NoSuchBreakpoint(_)
+        | DebugError::Memory(_)
+        | DebugError::Vp(_) => GuestError::BadConfig,
     };
     Failure::new(code, chain(error))
 }

@@ -36,6 +36,7 @@ impl observer::Server for Observed {
         self.0.exit().await.write(results.get().init_exit());
         Ok(())
     }
+
     async fn subscribe(
         self: Rc<Self>,
         params: observer::SubscribeParams,
