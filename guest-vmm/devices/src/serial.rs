@@ -601,15 +601,21 @@ mod tests {
         assert_eq!(other.interrupts.asserted(), [4]);
     }
 
-    /// A reset may leave a FIFO's bytes in a full queue.
-    #[test]
-    fn the_longest_queue_is_restored() {
+    /// A port that was reset, stopped, when its queue and its FIFO were full; and what was sent.
+    fn full_and_reset() -> (Board, Vec<u8>) {
         let board = Board::new();
         let sent = bytes(INPUT_CAPACITY + FIFO_BYTES);
         let accepted = board.push(&sent[..INPUT_CAPACITY]);
         assert_eq!(accepted + board.push(&sent[accepted..]), sent.len());
         board.port.lock().unwrap().stop();
         IoDevice::reset(&mut *board.port.lock().unwrap());
+        (board, sent)
+    }
+
+    /// A reset may leave a FIFO's bytes in a full queue.
+    #[test]
+    fn the_longest_queue_is_restored() {
+        let (board, sent) = full_and_reset();
         let state = board.port.lock().unwrap().save().unwrap();
         assert_eq!(state.queued_input, sent);
         let other = Board::new();
@@ -747,12 +753,7 @@ mod tests {
 
     #[test]
     fn a_reset_with_a_full_queue_loses_nothing() {
-        let board = Board::new();
-        let sent = bytes(INPUT_CAPACITY + FIFO_BYTES);
-        let accepted = board.push(&sent[..INPUT_CAPACITY]);
-        assert_eq!(accepted + board.push(&sent[accepted..]), sent.len());
-        board.port.lock().unwrap().stop();
-        IoDevice::reset(&mut *board.port.lock().unwrap());
+        let (board, sent) = full_and_reset();
         assert_eq!(board.push(b"no room"), 0);
         board.port.lock().unwrap().start();
         assert_eq!(board.read_ready(usize::MAX), sent);
