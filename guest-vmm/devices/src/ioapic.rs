@@ -7,6 +7,7 @@
 //! Limits: 8-bit destinations; polarity is stored and ignored, as a line has no voltage here; ExtINT sends nothing, as there is
 //! no 8259.
 
+use crate::device::{Stopping, stopped};
 use crate::saved::{invalid, register};
 use crate::{Device, IoDevice};
 use guest_saved_state::devices::ioapic::IoApicState;
@@ -353,7 +354,9 @@ impl SaveRestore for IoApic {
 impl Device for IoApic {
     fn start(&mut self) {}
 
-    fn stop(&mut self) {}
+    fn stop(&mut self) -> Stopping {
+        stopped()
+    }
 
     /// Tells the routing of every pin in use, as the partition that it stands for was restored too, or is a new one; then sends
     /// what is due.

@@ -1,4 +1,4 @@
-//! The devices of the board: IOAPIC, serial port, RTC, keyboard controller, ACPI power registers.
+//! The devices: those of the board (IOAPIC, serial port, RTC, keyboard controller, ACPI power registers), and virtio devices.
 //!
 //! A device implements [`IoDevice`], or [`ByteRegisters`] if all of its registers are one byte wide. It is told offsets, never
 //! addresses, and owns nothing but its registers: interrupts leave through an [`IrqLine`] into the [`IoApic`], whose messages
@@ -25,9 +25,10 @@ mod restored;
 mod rtc;
 mod saved;
 mod serial;
+pub mod virtio;
 
 pub use acpi_power::AcpiPower;
-pub use device::{ByteRegisters, Device, IoDevice};
+pub use device::{ByteRegisters, Device, IoDevice, Stopping};
 pub use i8042::I8042;
 pub use ioapic::{IoApic, IoApicRouting, IrqLine, PIN_COUNT};
 pub use rtc::{HostClock, Rtc, SystemClock};
