@@ -25,6 +25,8 @@ mod queue;
 mod ram;
 mod rng;
 mod saved;
+#[cfg(test)]
+mod tests;
 
 #[cfg(any(test, feature = "fake-driver"))]
 pub mod fake_driver;
