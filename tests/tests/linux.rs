@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use guest_tests::lab::{self, Lab, LabGuest, LabGuestEnd, SharedLab};
+use guest_tests::lab::{self, Lab, LabGuest, LabProcessEnd, SharedLab};
 use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::service::program;
 use libtest_mimic::Trial;
@@ -225,12 +225,12 @@ fn assert_is_in_order(guest: &LabGuest<'_>, vps: u32, memory: u64) -> anyhow::Re
     Ok(())
 }
 
-fn power_off(guest: &LabGuest<'_>) -> anyhow::Result<LabGuestEnd> {
+fn power_off(guest: &LabGuest<'_>) -> anyhow::Result<LabProcessEnd> {
     guest.send("poweroff -f")?;
     Ok(guest.end(LIMIT)?)
 }
 
-fn assert_is_clean(end: &LabGuestEnd, boots: usize) -> anyhow::Result<()> {
+fn assert_is_clean(end: &LabProcessEnd, boots: usize) -> anyhow::Result<()> {
     ensure!(end.status == 0, "{end:?}");
     let seen = end.out.matches(BOOTED).count();
     ensure!(seen == boots, "{seen} boots instead of {boots}:\n{}", end.out);
