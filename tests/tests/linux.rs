@@ -53,10 +53,7 @@ fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
         for name in lab::PROJECT_PROGRAMS {
             program(name)?;
         }
-        let Err(first) = body(&*SHARED.get(lab::project_binaries)?) else { return Ok(()) };
-        // The emulator was seen to break its guests, and now and then itself. What is our fault comes again.
-        eprintln!("{name} fails in the shared lab, and is tried once more in a lab of its own: {first:?}");
-        body(&Lab::boot(&lab::project_binaries())?)
+        SHARED.attempt(name, lab::project_binaries, body)
     })
 }
 

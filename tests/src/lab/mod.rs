@@ -5,7 +5,8 @@
 //! prints a line `GUEST-UP nproc=… memory_kib=… uptime=…` on its first serial line, runs `GUEST_RUN` of its kernel's command
 //! line if there is one, and is then a shell there, with `GUEST_SHELL=plain` one without echo and prompt.
 //!
-//! The lab's host has the tools of every [`Toolset`] in its `PATH`, and `ip`, `passt`; a guest has those it is started with.
+//! The lab's host has the tools of every [`Toolset`] in its `/bin`, and `passt` and `ip`; a guest has those it is started with. The
+//! shell takes a program that busybox has too for busybox's: the full one of iproute2 is `/bin/ip`.
 //!
 //! Parts: [`Lab`], [`LabProcess`] for a command in its background, [`LabGuest`] for a guest in it, [`Toolset`] and [`TapQueues`] for what they
 //! are given, [`SharedLab`] for the tests of one binary, [`LabKernel`], [`LabError`]; inside, the kernel's download, the initramfs with its cpio
@@ -91,6 +92,7 @@ impl Lab {
     pub fn prepare() -> Result<LabKernel, LabError> {
         let kernel = LabKernel::obtain()?;
         QEMU.run(Path::new("/"), &["--version"])?;
+        toolset::find_tools()?;
         Ok(kernel)
     }
 

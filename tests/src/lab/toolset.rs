@@ -56,6 +56,12 @@ const fn debian(program: &'static str, package: &'static str) -> Tool {
     Tool { program, package, advice: "a shared library may be missing" }
 }
 
+/// Fails when a tool is not installed.
+pub(super) fn find_tools() -> Result<(), LabError> {
+    let of_sets = Toolset::ALL.iter().flat_map(|set| set.tools());
+    HOST.iter().chain(of_sets).try_for_each(|tool| tool.find().map(drop))
+}
+
 /// Adds all tools with their libraries, and for each toolset the list of what belongs to it. What stands in `archive`
 /// already is not replaced.
 pub(super) fn add_tools(archive: &mut Archive) -> Result<(), LabError> {
