@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use guest_tests::census;
-use guest_tests::lab::{self, Lab, LabError, LabGuest, LabOutput, SharedLab, TapQueues, Toolset};
+use guest_tests::lab::{
+    self, Lab, LabError, LabGuest, LabOutput, LabProcessEnd, SharedLab, TapQueues, Toolset,
+};
 use guest_tests::process::{Process, Stdin};
 use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::wait;
@@ -200,17 +202,19 @@ fn a_lab_that_is_lost_says_so() -> anyhow::Result<()> {
 }
 
 fn what_is_spawned_is_heard_and_killed(lab: &Lab) -> anyhow::Result<()> {
-    let cat = lab.spawn("cat", "cat; exit 3")?;
+    let cat = lab.spawn("cat", "exec cat")?;
     cat.send("it's \"$HOME\"")?;
     ensure!(cat.saw("$HOME", 1, LIMIT)? == "it's \"$HOME\"\n");
     let taken = lab.spawn("cat", "true").expect_err("the name is in use");
     ensure!(matches!(taken, LabError::Status { status: 1, .. }), "{taken}");
-    cat.here("kill $(pidof cat)")?;
+    cat.here("kill $(cat pid)")?;
     let end = cat.end(LIMIT)?;
-    ensure!(end.status == 3 && end.err.contains("Terminated"), "{end:?}");
+    ensure!(end.status == 128 + 15 && end.out == "it's \"$HOME\"\n", "{end:?}");
+    let exits = lab.spawn("exits", "echo why >&2; exit 3")?.end(LIMIT)?;
+    ensure!(exits == LabProcessEnd { status: 3, err: "why\n".to_owned(), out: String::new() }, "{exits:?}");
 
     let sleepers = lab.spawn("sleepers", "sleep 995 & sleep 996; true")?;
-    sleepers.until("pidof sleep", "sleep", LIMIT)?;
+    sleepers.until("ps | grep -q '[s]leep 996'", "sleep", LIMIT)?;
     let never = sleepers.saw("a word", 1, Duration::ZERO).expect_err("it says nothing");
     ensure!(never.to_string().contains("(sleepers goes on)"), "{never}");
     sleepers.kill()?;
@@ -343,16 +347,17 @@ fn passt_answers(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Neither the first nor the last one that there is.
 fn a_guests_vmm_is_killed(lab: &Lab) -> anyhow::Result<()> {
-    let other = LabGuest::start(lab, "other", "panic=-1", "--memory 256M")?;
-    let guest = LabGuest::start(lab, "killed", "panic=-1", "--memory 256M")?;
+    let start = |name| LabGuest::start(lab, name, "panic=-1", "--memory 256M");
+    let (before, guest, after) = (start("before")?, start("killed")?, start("after")?);
+    after.until("[ $(pidof guest-vmm | wc -w) -ge 3 ]", "three of guest-vmm", GUEST_LIMIT)?;
     guest.kill_vmm(GUEST_LIMIT)?;
     let end = guest.end(GUEST_LIMIT)?;
     ensure!(end.status != 0 && end.status < 128, "{end:?}");
-    ensure!(
-        other.here("ls status 2>&1; pidof guest-vmm")?.contains("No such file"),
-        "the other one has ended"
-    );
-    other.kill_vmm(GUEST_LIMIT)?;
+    for other in [before, after] {
+        let ended = other.here("[ -e status ] && echo ended; cat err")?;
+        ensure!(!ended.contains("ended"), "another one has ended: {ended}");
+    }
     Ok(())
 }
