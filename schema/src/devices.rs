@@ -8,6 +8,8 @@ use crate::{ConfigFault, config::not_supported};
 pub struct DevicesConfig {
     /// The entropy device.
     pub rng: bool,
+    /// The memory balloon.
+    pub balloon: bool,
 }
 
 impl DevicesConfig {
@@ -17,13 +19,14 @@ impl DevicesConfig {
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
-        Ok(Self { rng: reader.get_rng() })
+        Ok(Self { rng: reader.get_rng(), balloon: reader.get_balloon() })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng } = self;
+        let Self { rng, balloon } = self;
         builder.set_rng(*rng);
+        builder.set_balloon(*balloon);
     }
 }
 
@@ -36,7 +39,6 @@ fn read_unsupported(
         ("net", !reader.get_net()?.is_empty()),
         ("console", reader.get_console()),
         ("vsock", reader.has_vsock()),
-        ("balloon", reader.get_balloon()),
         ("mem", reader.has_mem()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),

@@ -10,11 +10,15 @@ pub struct DeviceOptions {
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux
     #[arg(long)]
     pub rng: bool,
+    /// Give the guest a memory balloon (virtio-balloon), which gives free pages back to the host by itself, and others when asked:
+    /// guestctl update ID balloon/device/requested_pages 25600
+    #[arg(long)]
+    pub balloon: bool,
 }
 
 impl DeviceOptions {
     /// What they ask for.
     pub fn config(&self) -> DevicesConfig {
-        DevicesConfig { rng: self.rng }
+        DevicesConfig { rng: self.rng, balloon: self.balloon }
     }
 }

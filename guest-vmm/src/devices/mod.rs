@@ -1,19 +1,35 @@
 //! The devices that a config asks for, on their way into the machine. A new device is one more line in [`requested`].
 
+mod balloon;
 mod rng;
 
-use devices::virtio::VirtioSpec;
-use guest_schema::DevicesConfig;
+use ::devices::virtio::VirtioSpec;
+use ::devices::virtio::balloon::BalloonHandle;
+use guest_schema::{ConfigFault, GuestConfig};
 
-/// What a guest's devices become: their halves in the machine.
+/// What a guest's devices become.
 #[derive(Default)]
 pub(crate) struct RequestedDevices {
+    /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
+    pub ends: HostEnds,
 }
 
-/// The devices of a config, in the order in which a guest finds them.
-pub(crate) fn requested(config: &DevicesConfig) -> RequestedDevices {
+/// The host's ends of the devices that have one.
+#[derive(Clone, Default)]
+pub(crate) struct HostEnds {
+    pub balloon: Option<BalloonHandle>,
+}
+
+/// The devices of a config that was checked.
+pub(crate) fn requested(config: &GuestConfig) -> RequestedDevices {
     let mut devices = RequestedDevices::default();
-    rng::add(config, &mut devices);
+    rng::add(&config.devices, &mut devices);
+    balloon::add(config, &mut devices);
     devices
+}
+
+/// What is wrong with the devices of a config.
+pub(crate) fn faults(config: &GuestConfig) -> Vec<ConfigFault> {
+    balloon::faults(config)
 }
