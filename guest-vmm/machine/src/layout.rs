@@ -77,6 +77,14 @@ pub fn memory_ranges(bytes: u64) -> Vec<Range<u64>> {
     [0..low, high].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
+/// Where memory can be plugged later beside a guest's memory of so many bytes: so much, at a multiple of the alignment. Above all of
+/// the other memory.
+pub fn hotplug_region(memory_bytes: u64, bytes: u64, alignment: u64) -> Range<u64> {
+    let above = memory_ranges(memory_bytes).last().map_or(HIGH_MEMORY, |range| range.end.max(HIGH_MEMORY));
+    let start = above.next_multiple_of(alignment);
+    start..start.saturating_add(bytes)
+}
+
 /// How a kernel may use a range of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryUse {
@@ -106,6 +114,12 @@ mod tests {
         assert_eq!(memory_ranges(GIB), std::slice::from_ref(&(0..GIB)));
         assert_eq!(memory_ranges(3 * GIB), std::slice::from_ref(&(0..3 * GIB)));
         assert_eq!(memory_ranges(5 * GIB), [0..3 * GIB, 4 * GIB..6 * GIB]);
+    }
+
+    #[test]
+    fn memory_for_later_is_above_all_other() {
+        assert_eq!(hotplug_region(GIB, GIB, 1 << 27), 4 * GIB..5 * GIB);
+        assert_eq!(hotplug_region(5 * GIB, GIB, 4 * GIB), 8 * GIB..9 * GIB);
     }
 
     #[test]

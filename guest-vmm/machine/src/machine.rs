@@ -22,6 +22,7 @@ use state_unit::{
     TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
 };
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -46,6 +47,8 @@ pub struct MachineConfig {
     pub time: TimePolicy,
     /// How much memory, in bytes.
     pub memory_bytes: u64,
+    /// Where memory can be plugged later ([`crate::layout::hotplug_region`]), if the guest has a device for that.
+    pub hotplug: Option<Range<u64>>,
     /// What kind of memory.
     pub memory: MemoryOptions,
     /// What it boots.
@@ -65,6 +68,7 @@ impl MachineConfig {
             cpuid_mask: Vec::new(),
             time: TimePolicy::default(),
             memory_bytes,
+            hotplug: None,
             memory: MemoryOptions::default(),
             boot,
             devices: Vec::new(),
@@ -337,8 +341,8 @@ fn lay_foundation<H: Hypervisor>(
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Foundation<H::Binder>, MachineError> {
     let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
-    let memory =
-        Arc::new(GuestMemory::new(config.memory_bytes, config.memory).map_err(MachineError::Memory)?);
+    let memory = GuestMemory::with_hotplug(config.memory_bytes, config.memory, config.hotplug);
+    let memory = Arc::new(memory.map_err(MachineError::Memory)?);
     go_on()?;
     let partition_config = PartitionConfig {
         time: config.time,

@@ -13,7 +13,9 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod i8042; /// The I/O APIC.
     #[rustfmt::skip]
-    pub mod ioapic; /// The real-time clock.
+    pub mod ioapic; /// The memory device.
+    #[rustfmt::skip]
+    pub mod mem; /// The real-time clock.
     #[rustfmt::skip]
     pub mod rtc; /// The serial port.
     #[rustfmt::skip]

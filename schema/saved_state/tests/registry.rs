@@ -25,6 +25,7 @@ fn every_root_is_listed_by_its_name() {
         "devices.balloon.BalloonState",
         "devices.i8042.I8042State",
         "devices.ioapic.IoApicState",
+        "devices.mem.MemState",
         "devices.rtc.RtcState",
         "devices.serial.SerialPortState",
         "devices.virtio.VirtioState",
