@@ -6,7 +6,7 @@ using Snapshot = import "snapshot.capnp";
 
 struct GuestConfig {
   # `create` checks all of it and lists every fault in one badConfig. What is absent is absent: there are no default devices
-  # but the board's (serial port, RTC, keyboard controller, interrupt controllers).
+  # but the board's (serial port, RTC, keyboard controller, interrupt controllers, ACPI's power button, pvpanic, generation ID).
 
   source :union {
     boot @0 :BootSource;
@@ -53,6 +53,10 @@ struct GuestConfig {
   catchUpTime @21 :Bool;
   # Time that passed while the guest was paused or saved shows in its clocks, which jump when it goes on. Otherwise they go on from
   # where they were, unless the host's KVM has no time-stamp counter for guests but its own.
+
+  debugExit @22 :Bool;
+  # A port for test guests, 0xf4 to 0xf7 (QEMU's isa-debug-exit): what the guest writes there, in one, two or four bytes, ends it
+  # cleanly and is in `Exit.debugExit`.
 }
 
 struct CpuidMask {

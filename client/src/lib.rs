@@ -25,6 +25,7 @@
 //!     on_reset: OnReset::Restart,
 //!     units: Vec::new(),
 //!     catch_up_time: false,
+//!     debug_exit: false,
 //! };
 //! let (output, mut chunks) = tokio::sync::mpsc::channel::<SerialChunk>(16);
 //! let created = lifecycle.create(&config);

@@ -41,6 +41,7 @@ fn config(kernel: Option<guest_client::FileSource>, cpus: u32) -> GuestConfig {
         on_reset: OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

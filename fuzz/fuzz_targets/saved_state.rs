@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
+use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
@@ -31,8 +32,9 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 7] {
+fn roots() -> [Root; 8] {
     [
+        Root::of::<GenericEventState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<RtcState>(),

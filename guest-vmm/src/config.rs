@@ -185,6 +185,7 @@ mod tests {
             on_reset: OnReset::Restart,
             units: Vec::new(),
             catch_up_time: false,
+            debug_exit: false,
         }
     }
 

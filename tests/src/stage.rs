@@ -200,6 +200,7 @@ impl Player {
             on_reset: OnReset::Restart,
             units: Vec::new(),
             catch_up_time: false,
+            debug_exit: false,
         })
     }
 

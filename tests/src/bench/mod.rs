@@ -133,6 +133,7 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         on_reset: OnReset::Stop,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     })
 }
 

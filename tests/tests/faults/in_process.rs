@@ -86,6 +86,7 @@ fn config(kernel: u64) -> GuestConfig {
         on_reset: OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

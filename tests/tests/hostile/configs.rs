@@ -51,6 +51,7 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         on_reset: guest_schema::OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

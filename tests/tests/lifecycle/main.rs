@@ -349,6 +349,7 @@ async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
         on_reset: OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     };
     let (code, detail) = refused(player.lifecycle.create(&bad).await)?;
     expect("create", code, GuestError::BadConfig)?;
@@ -388,6 +389,7 @@ fn endless_config() -> GuestConfig {
         on_reset: OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

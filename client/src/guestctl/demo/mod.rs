@@ -256,6 +256,7 @@ fn config(kernel: Option<FileSource>) -> GuestConfig {
         on_reset: OnReset::Restart,
         units: Vec::new(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 
