@@ -134,6 +134,13 @@ impl Control {
         Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
     }
 
+    /// Presses the power button, which asks the guest's operating system to shut down; answers when the button is pressed. A paused
+    /// guest hears of it when it goes on. `notRunning` unless running or paused.
+    pub fn power_button(&self) -> Call<()> {
+        let request = self.client.power_button_request();
+        Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
+    }
+
     /// Begins a core dump, an ELF file: the registers as of now, the memory as of each read. Pause the guest for a dump of one
     /// moment. `notRunning` once the guest has ended.
     pub fn dump(&self) -> Call<CoreDump> {

@@ -64,8 +64,9 @@ pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
     AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, Event, EventKind, Exit,
     Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy, MemoryConfig, OnReset,
-    Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition,
-    TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
+    Outcome, Panic, PanicReport, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome,
+    TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters,
+    VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

@@ -81,7 +81,9 @@ async fn of_the_guest(guest: &guest::Client) -> Story {
 }
 
 async fn of_the_control(control: &guest_control::Client) -> Story {
-    unimplemented("powerButton", control.power_button_request().send().promise).await?;
+    let pressed = control.power_button_request().send().promise.await?;
+    let failure = Failure::read_result(pressed.get()?.get_result()?)?.err();
+    expect("no button before run", failure.map(|failure| failure.code), Some(GuestError::NotRunning))?;
     unimplemented("snapshot", control.snapshot_request().send().promise).await?;
     of_the_update(control).await?;
     of_the_dump(control).await?;
