@@ -2,6 +2,7 @@
 
 use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
+use crate::devices;
 use crate::files;
 use crate::guest::{Guest, Told};
 use crate::log::LogFilter;
@@ -215,6 +216,7 @@ async fn machine_config(requested: RequestedGuest, told: &Told) -> Result<Machin
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
+        devices: devices::requested(&config.devices).specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         panics: told.panics.clone(),
         debug_exit: config.debug_exit,
@@ -246,7 +248,7 @@ fn build_failure(error: &MachineError) -> Failure {
         }
         MachineError::Boot(_) => GuestError::KernelLoadFailure,
         MachineError::Overlap(_) => GuestError::DeviceMemoryOverlap,
-        MachineError::Unit(_) => GuestError::DeviceInitializationFailure,
+        MachineError::Unit(_) | MachineError::Device { .. } => GuestError::DeviceInitializationFailure,
         MachineError::Cancelled => return cancelled(),
         MachineError::Panicked => GuestError::InternalError,
     };

@@ -88,7 +88,7 @@ fn linux_shuts_down_by_its_power_button(lab: &Lab) -> anyhow::Result<()> {
 /// The bytes in the guest's memory are those that its operator is shown.
 fn assert_has_its_generation_id(guest: &LabGuest<'_>, socket: &str) -> anyhow::Result<()> {
     let words = guest.ask("devmem 0xfe000 64; devmem 0xfe008 64", LIMIT)?;
-    let read: Option<String> = words.lines().map(|word| Some(bytes_of(word.strip_prefix("0x")?)?)).collect();
+    let read: Option<String> = words.lines().map(|word| bytes_of(word.strip_prefix("0x")?)).collect();
     let shown =
         guest.here(&format!("guestctl inspect button units/generation-id/unit/id --socket {socket} 2>&1"))?;
     ensure!(read.as_deref() == Some(shown.trim()) && shown.trim().len() == 32, "{words:?} is not {shown:?}");

@@ -1,5 +1,6 @@
 //! What a device is to the bus.
 
+use futures::future::{BoxFuture, ready};
 use inspect::InspectMut;
 use processor::PowerRequest;
 use save_restore::ProtobufSaveRestore;
@@ -9,7 +10,7 @@ use std::ops::ControlFlow;
 ///
 /// Offsets count from the window's base and, with the data's length, stay inside the window. Data is 1, 2, 4 or 8 bytes,
 /// little endian. A read that the device does not understand gives all ones, a write that it does not understand is ignored.
-/// The caller holds the device's lock for one call; no call blocks.
+/// The caller holds the device's lock for one call. No call blocks, but for a virtio driver's reset, which is waited for.
 pub trait IoDevice: Send {
     /// Reads registers. Fills all of `data`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -51,6 +52,14 @@ impl<T: ByteRegisters> IoDevice for T {
     }
 }
 
+/// A device that finishes what it has begun.
+pub type Stopping = BoxFuture<'static, ()>;
+
+/// Of a device that had begun nothing.
+pub(crate) fn stopped() -> Stopping {
+    Box::pin(ready(()))
+}
+
 /// A device of a machine, which starts and stops with the guest, and is saved and restored with it.
 ///
 /// Stopped, it does nothing of its own: no interrupt, no byte to the guest. It answers accesses all the same.
@@ -64,8 +73,9 @@ pub trait Device: IoDevice + InspectMut + ProtobufSaveRestore {
     /// Begins to act of its own. Called only while stopped.
     fn start(&mut self);
 
-    /// Ceases to act of its own. Called only while started.
-    fn stop(&mut self);
+    /// Ceases to act of its own. Called only while started. What it has begun is finished when the future resolves; the device's
+    /// lock is not to be held meanwhile.
+    fn stop(&mut self) -> Stopping;
 
     /// Tells the rest of the machine what follows from the restored state. Called while stopped, once every part of the machine
     /// is restored.
@@ -77,7 +87,10 @@ macro_rules! passive {
     ($($device:ty),*) => {$(
         impl Device for $device {
             fn start(&mut self) {}
-            fn stop(&mut self) {}
+            fn stop(&mut self) -> Stopping {
+                stopped()
+            }
+
             fn post_restore(&mut self) {}
         }
     )*};

@@ -6,6 +6,7 @@
 //!
 //! Where the bytes are, and where random ones come from, is the host's business ([`GenerationIdHost`]). The device has no registers.
 
+use crate::device::{Stopping, stopped};
 use crate::{Device, GenericEventLine, IoDevice};
 use inspect::{Inspect, Request};
 use processor::PowerRequest;
@@ -68,7 +69,9 @@ impl IoDevice for GenerationId {
 impl Device for GenerationId {
     fn start(&mut self) {}
 
-    fn stop(&mut self) {}
+    fn stop(&mut self) -> Stopping {
+        stopped()
+    }
 
     /// A guest that goes on from saved state is another one than the one that was saved, which may go on as well.
     fn post_restore(&mut self) {
@@ -144,7 +147,7 @@ mod tests {
     fn a_guest_keeps_its_identifier_through_pauses_and_resets() {
         let (mut device, host, events) = device();
         device.start();
-        device.stop();
+        drop(device.stop());
         device.reset();
         assert_eq!(*host.published.lock().unwrap(), [[1; 16], [1; 16]]);
         assert_eq!(pending(&events), 0);

@@ -6,6 +6,7 @@
 //! An event is raised with one interrupt, whether or not an earlier one of its kind was read: an edge at a pin that the guest has not
 //! set up yet is lost, and then the next one tells of both. Stopped, the device keeps its events, and interrupts when it starts.
 
+use crate::device::{Stopping, stopped};
 use crate::saved::register;
 use crate::{ByteRegisters, Device, IrqLine};
 use guest_saved_state::devices::generic_event::GenericEventState;
@@ -85,8 +86,9 @@ impl Device for GenericEventDevice {
         self.interrupt_if_due();
     }
 
-    fn stop(&mut self) {
+    fn stop(&mut self) -> Stopping {
         self.running = false;
+        stopped()
     }
 
     fn post_restore(&mut self) {}
@@ -223,12 +225,12 @@ mod tests {
     #[test]
     fn a_stopped_guest_is_told_when_it_goes_on() {
         let bench = Bench::running();
-        bench.device.lock().unwrap().stop();
+        drop(bench.device.lock().unwrap().stop());
         bench.raise(GenericEvent::PowerButton);
         assert_eq!(bench.interrupts(), 0);
         bench.device.lock().unwrap().start();
         assert_eq!((bench.interrupts(), bench.read()), (1, 1));
-        bench.device.lock().unwrap().stop();
+        drop(bench.device.lock().unwrap().stop());
         bench.device.lock().unwrap().start();
         assert_eq!(bench.interrupts(), 0, "it was read");
     }

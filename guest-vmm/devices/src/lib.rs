@@ -1,5 +1,5 @@
-//! The devices of the board: IOAPIC, serial port, RTC, keyboard controller, ACPI power registers and events, VM generation ID,
-//! pvpanic, and a port for test guests.
+//! The devices: those of the board (IOAPIC, serial port, RTC, keyboard controller, ACPI power registers and events, VM generation
+//! ID, pvpanic, a port for test guests), and virtio devices.
 //!
 //! A device implements [`IoDevice`], or [`ByteRegisters`] if all of its registers are one byte wide. It is told offsets, never
 //! addresses, and owns nothing but its registers: interrupts leave through an [`IrqLine`] into the [`IoApic`], whose messages
@@ -31,11 +31,12 @@ mod restored;
 mod rtc;
 mod saved;
 mod serial;
+pub mod virtio;
 
 pub use absent::Absent;
 pub use acpi_power::AcpiPower;
 pub use debug_exit::DebugExit;
-pub use device::{ByteRegisters, Device, IoDevice};
+pub use device::{ByteRegisters, Device, IoDevice, Stopping};
 pub use generation_id::{GenerationId, GenerationIdHost};
 pub use generic_event::{GenericEvent, GenericEventDevice, GenericEventLine};
 pub use i8042::I8042;

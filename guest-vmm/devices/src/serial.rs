@@ -14,6 +14,7 @@
 //!
 //! Limits: no modem, no line errors, no speed; writes take no time.
 
+use crate::device::{Stopping, stopped};
 use crate::saved::{invalid, register};
 use crate::{ByteRegisters, Device, IrqLine};
 use guest_saved_state::devices::serial::SerialPortState;
@@ -255,8 +256,9 @@ impl Device for SerialPort {
     }
 
     /// Holds input back.
-    fn stop(&mut self) {
+    fn stop(&mut self) -> Stopping {
         self.running = false;
+        stopped()
     }
 
     fn post_restore(&mut self) {}
@@ -570,7 +572,7 @@ mod tests {
     #[test]
     fn a_sender_learns_of_the_room_that_a_restore_makes() {
         let board = Board::new();
-        board.port.lock().unwrap().stop();
+        drop(board.port.lock().unwrap().stop());
         let empty = board.port.lock().unwrap().save().unwrap();
         while board.push(&bytes(4096)) > 0 {}
         let count = Arc::new(Count::default());
@@ -586,11 +588,11 @@ mod tests {
         let board = Board::new();
         board.write(1, IER_RECEIVED | 0x02);
         board.push(b"x");
-        board.port.lock().unwrap().stop();
+        drop(board.port.lock().unwrap().stop());
         let state = board.port.lock().unwrap().save().unwrap();
         assert_eq!(state.interrupt_identification, u32::from(IIR_RECEIVED | IIR_TRANSMITTER_EMPTY));
         let other = Board::new();
-        other.port.lock().unwrap().stop();
+        drop(other.port.lock().unwrap().stop());
         other.port.lock().unwrap().restore(state).unwrap();
         other.port.lock().unwrap().start();
         assert_eq!(other.interrupts.asserted(), [0; 0]);
@@ -607,7 +609,7 @@ mod tests {
         let sent = bytes(INPUT_CAPACITY + FIFO_BYTES);
         let accepted = board.push(&sent[..INPUT_CAPACITY]);
         assert_eq!(accepted + board.push(&sent[accepted..]), sent.len());
-        board.port.lock().unwrap().stop();
+        drop(board.port.lock().unwrap().stop());
         IoDevice::reset(&mut *board.port.lock().unwrap());
         (board, sent)
     }
@@ -619,7 +621,7 @@ mod tests {
         let state = board.port.lock().unwrap().save().unwrap();
         assert_eq!(state.queued_input, sent);
         let other = Board::new();
-        other.port.lock().unwrap().stop();
+        drop(other.port.lock().unwrap().stop());
         other.port.lock().unwrap().restore(state).unwrap();
         other.port.lock().unwrap().start();
         assert_eq!(other.read_ready(usize::MAX), sent);
@@ -718,7 +720,7 @@ mod tests {
     fn a_stopped_port_holds_input_back() {
         let board = Board::new();
         board.write(1, IER_RECEIVED);
-        board.port.lock().unwrap().stop();
+        drop(board.port.lock().unwrap().stop());
         assert_eq!(board.push(b"later"), 5);
         assert_eq!(board.interrupts.asserted(), [0; 0]);
         board.port.lock().unwrap().start();

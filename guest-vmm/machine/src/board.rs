@@ -18,6 +18,8 @@ use vm_memory::{Bytes, GuestAddress};
 pub(crate) enum Window {
     /// From this I/O port, so many.
     Ports(u16, u16),
+    /// From this guest physical address, so many bytes.
+    Memory(u64, u64),
     /// Part of every bus: the IOAPIC, which the bus tells of the ends of interrupts.
     Bus,
     /// It has none: what it shows the guest is in memory.
@@ -26,7 +28,7 @@ pub(crate) enum Window {
 
 /// A device and its place.
 pub(crate) struct Placed {
-    pub name: &'static str,
+    pub name: String,
     pub window: Window,
     pub device: Arc<Mutex<dyn Device>>,
     /// The devices that this one uses: they run whenever it does.
@@ -68,7 +70,8 @@ impl Board {
 
     /// Every device with its place. The generation ID is written into the memory.
     pub fn devices(&self, memory: &Arc<GuestMemory>) -> Vec<Placed> {
-        let place = |name, window, device, uses, acpi| Placed { name, window, device, uses, acpi };
+        let place =
+            |name: &str, window, device, uses, acpi| Placed { name: name.into(), window, device, uses, acpi };
         let (ports, uart) = (Window::Ports, Some(acpi::serial_port()));
         let (rtc, clock) = (Rtc::new(Box::new(SystemClock)), Some(acpi::real_time_clock()));
         let mut devices = vec![
@@ -96,7 +99,7 @@ impl Board {
 
     fn generic_event_device(&self) -> Placed {
         Placed {
-            name: "generic-events",
+            name: "generic-events".into(),
             window: Window::Ports(layout::GENERIC_EVENT_PORT, GenericEventDevice::PORTS),
             device: self.events.clone(),
             uses: &["ioapic"],
@@ -107,7 +110,7 @@ impl Board {
     fn generation_id(&self, memory: &Arc<GuestMemory>) -> Placed {
         let event = GenericEventLine::new(&self.events, GenericEvent::GenerationId);
         Placed {
-            name: "generation-id",
+            name: "generation-id".into(),
             window: Window::None,
             device: own(GenerationId::new(Box::new(InMemory(memory.clone())), event)),
             uses: &["generic-events"],
@@ -117,7 +120,7 @@ impl Board {
 
     fn pvpanic(&self) -> Placed {
         Placed {
-            name: "pvpanic",
+            name: "pvpanic".into(),
             window: Window::Ports(layout::PVPANIC_PORT, Pvpanic::PORTS),
             device: own(Pvpanic::new(self.panics.clone())),
             uses: &[],

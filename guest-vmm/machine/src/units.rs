@@ -229,7 +229,8 @@ impl Part for DevicePart {
     }
 
     async fn stop(&mut self) -> Result<(), UnitError> {
-        self.device().stop();
+        let stopping = self.device().stop();
+        stopping.await;
         Ok(())
     }
 

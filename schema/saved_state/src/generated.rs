@@ -17,7 +17,9 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod rtc; /// The serial port.
     #[rustfmt::skip]
-    pub mod serial;
+    pub mod serial; /// Virtio devices: what their transport keeps.
+    #[rustfmt::skip]
+    pub mod virtio;
 }
 
 /// The messages of the VPs and the partition.
