@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use guest_saved_state::devices::balloon::BalloonState;
+use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::mem::MemState;
@@ -34,9 +35,10 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 10] {
+fn roots() -> [Root; 11] {
     [
         Root::of::<BalloonState>(),
+        Root::of::<GenericEventState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<MemState>(),

@@ -8,6 +8,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use std::io::{Seek, SeekFrom, Write};
+use vm_memory::GuestMemoryBackend;
 
 const MIB: u64 = 1 << 20;
 const RSDP: GuestAddress = GuestAddress(0xe_0000);

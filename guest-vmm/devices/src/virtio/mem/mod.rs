@@ -92,6 +92,22 @@ impl Geometry {
         usize::try_from(self.region_bytes() / self.block_bytes).expect("bounded")
     }
 
+    /// Whether so many bytes can be plugged.
+    ///
+    /// # Errors
+    /// A size that the region cannot have.
+    pub fn check_size(&self, bytes: u64) -> Result<(), SizeError> {
+        let (block_bytes, region_bytes) = (self.block_bytes, self.region_bytes());
+        if bytes > region_bytes {
+            return Err(SizeError::TooLarge { bytes, region_bytes });
+        }
+        if bytes.is_multiple_of(block_bytes) {
+            Ok(())
+        } else {
+            Err(SizeError::NotWhole { bytes, block_bytes })
+        }
+    }
+
     /// So many blocks from an address on, if they are the region's.
     fn blocks_at(&self, address: u64, count: u16) -> Option<Range<usize>> {
         let offset =
@@ -204,20 +220,8 @@ impl Shared {
         state.blocks.plugged() as u64 * self.geometry.block_bytes
     }
 
-    fn check(&self, bytes: u64) -> Result<(), SizeError> {
-        let (block_bytes, region_bytes) = (self.geometry.block_bytes, self.geometry.region_bytes());
-        if bytes > region_bytes {
-            return Err(SizeError::TooLarge { bytes, region_bytes });
-        }
-        if bytes.is_multiple_of(block_bytes) {
-            Ok(())
-        } else {
-            Err(SizeError::NotWhole { bytes, block_bytes })
-        }
-    }
-
     fn request(&self, bytes: u64) -> Result<(), SizeError> {
-        self.check(bytes)?;
+        self.geometry.check_size(bytes)?;
         self.state().requested_bytes = bytes;
         self.interrupt.config_changed();
         Ok(())
@@ -291,7 +295,7 @@ impl VirtioDevice for Mem {
         if region_bytes != geometry.region_bytes() {
             return Err(invalid("region_bytes", region_bytes));
         }
-        self.shared.check(requested_bytes).map_err(|_| invalid("requested_bytes", requested_bytes))?;
+        geometry.check_size(requested_bytes).map_err(|_| invalid("requested_bytes", requested_bytes))?;
         let blocks = Blocks::from_bits(geometry, &plugged);
         let length = format_args!("{} bytes long, or has bits beyond the blocks", plugged.len()).to_string();
         let blocks = blocks.ok_or_else(|| RestoreError::invalid("plugged", length))?;
