@@ -2,6 +2,8 @@
 //! drivers with our devices, a file for each.
 
 mod balloon;
+mod board;
+mod mem;
 mod rng;
 
 use std::process::ExitCode;
@@ -48,8 +50,12 @@ fn main() -> ExitCode {
         test("a_panic_that_stays_runs_until_it_is_stopped", a_panic_that_stays_runs_until_it_is_stopped),
         test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
         test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
+        test("linux_shuts_down_by_its_power_button", board::linux_shuts_down_by_its_power_button),
+        test("a_linux_that_does_not_listen_is_forced", board::a_linux_that_does_not_listen_is_forced),
+        test("a_panic_of_linux_is_told", board::a_panic_of_linux_is_told),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
+        test("memory_is_plugged_and_unplugged", mem::memory_is_plugged_and_unplugged),
     ];
     requirements::run(trials, || SHARED.close())
 }

@@ -336,7 +336,7 @@ const REFUSED: [(Spoil, &str, &str); 9] = [
     ),
     (
         |states| {
-            let route = IrqRoute { pin: 24, address: 0, data: 0 };
+            let route = IrqRoute { pin: 96, address: 0, data: 0 };
             spoil_partition(states, |state| state.irq_routes = Some(IrqRoutes { routes: vec![route] }));
         },
         "partition",

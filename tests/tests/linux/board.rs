@@ -1,41 +1,9 @@
-//! The board's small devices as Debian's Linux finds them, with its own drivers, in the lab: the ACPI power button behind the Generic
-//! Event Device, pvpanic, the VM generation ID (for which this kernel has no driver: the guest reads it from memory).
+//! The board's small devices as Linux finds them, with its own drivers: the ACPI power button behind the Generic Event Device, pvpanic,
+//! the VM generation ID (for which this kernel has no driver: the guest reads it from memory).
 
-use std::process::ExitCode;
-use std::time::Duration;
-
+use super::{BOOTED, LIMIT, serve};
 use anyhow::{Context, ensure};
-use guest_tests::lab::{self, Lab, LabGuest, SharedLab};
-use guest_tests::requirements::{self, Requirement, trial};
-use guest_tests::service::program;
-use libtest_mimic::Trial;
-
-/// Ten times what the longest wait takes on two idle cores, for machines that do something else as well.
-const LIMIT: Duration = Duration::from_secs(200);
-const BOOTED: &str = "GUEST-UP";
-
-static SHARED: SharedLab = SharedLab::new();
-
-fn main() -> ExitCode {
-    let trials = vec![
-        test("linux_shuts_down_by_its_power_button", linux_shuts_down_by_its_power_button),
-        test("a_linux_that_does_not_listen_is_forced", a_linux_that_does_not_listen_is_forced),
-        test("a_panic_of_linux_is_told", a_panic_of_linux_is_told),
-    ];
-    requirements::run(trials, || SHARED.close())
-}
-
-fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
-    trial(name, &[Requirement::Lab], move || {
-        for name in lab::PROJECT_PROGRAMS {
-            program(name)?;
-        }
-        let Err(first) = body(&*SHARED.get(lab::project_binaries)?) else { return Ok(()) };
-        // The emulator was seen to break its guests, and now and then itself. What is our fault comes again.
-        eprintln!("{name} fails in the shared lab, and is tried once more in a lab of its own: {first:?}");
-        body(&Lab::boot(&lab::project_binaries())?)
-    })
-}
+use guest_tests::lab::{Lab, LabGuest};
 
 /// Inserts modules of the guest's initramfs with all that they need.
 fn insert(guest: &LabGuest<'_>, modules: &str) -> anyhow::Result<()> {
@@ -49,12 +17,9 @@ fn insert(guest: &LabGuest<'_>, modules: &str) -> anyhow::Result<()> {
 
 /// Starts a guestd in the lab and a guest of it. The socket's path is the first of what comes back.
 fn boot<'l>(lab: &'l Lab, name: &str) -> anyhow::Result<(String, LabGuest<'l>)> {
-    let socket = format!("/tmp/guestd-{name}.sock");
-    let serve = format!(
-        "guestd --socket {socket} >{socket}.log 2>&1 & \
-         until [ -S {socket} ] || ! kill -0 $!; do sleep 0.1; done; cat {socket}.log"
-    );
-    let log = lab.run(&serve, LIMIT)?.output;
+    let base = format!("/tmp/guestd-{name}");
+    let log = serve(lab, &base)?;
+    let socket = format!("{base}.sock");
     let guest = LabGuest::start(lab, name, "panic=-1", &format!("--memory 256M --socket {socket}"))?;
     guest.saw(BOOTED, 1, LIMIT).with_context(|| log)?;
     Ok((socket, guest))
@@ -65,7 +30,7 @@ const LISTEN: &str = "mkdir -p /etc/acpi/PWRF; printf '#!/bin/sh\\npoweroff -f\\
                       chmod +x /etc/acpi/PWRF/00000080; acpid -f -l /tmp/acpid.log -p /tmp/acpid.pid & \
                       until ls -l /proc/$!/fd | grep -q /dev/input/event; do sleep 0.1; done";
 
-fn linux_shuts_down_by_its_power_button(lab: &Lab) -> anyhow::Result<()> {
+pub fn linux_shuts_down_by_its_power_button(lab: &Lab) -> anyhow::Result<()> {
     let (socket, guest) = boot(lab, "button")?;
     assert_has_its_generation_id(&guest, &socket)?;
     insert(&guest, "button evdev")?;
@@ -101,7 +66,7 @@ fn bytes_of(word: &str) -> Option<String> {
     Some(format!("{:016x}", word.swap_bytes()))
 }
 
-fn a_linux_that_does_not_listen_is_forced(lab: &Lab) -> anyhow::Result<()> {
+pub fn a_linux_that_does_not_listen_is_forced(lab: &Lab) -> anyhow::Result<()> {
     let (socket, guest) = boot(lab, "deaf")?;
     let stopped =
         guest.here(&format!("guestctl stop deaf --graceful --timeout 2s --socket {socket} 2>&1; echo $?"))?;
@@ -111,7 +76,7 @@ fn a_linux_that_does_not_listen_is_forced(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn a_panic_of_linux_is_told(lab: &Lab) -> anyhow::Result<()> {
+pub fn a_panic_of_linux_is_told(lab: &Lab) -> anyhow::Result<()> {
     let guest = LabGuest::start(lab, "pvpanic", "panic=-1 reboot=a", "--memory 256M --on-reset stop --json")?;
     guest.saw(BOOTED, 1, LIMIT)?;
     insert(&guest, "pvpanic_mmio")?;
