@@ -340,7 +340,7 @@ const REFUSED: [(Spoil, &str, &str); 9] = [
             spoil_partition(states, |state| state.irq_routes = Some(IrqRoutes { routes: vec![route] }));
         },
         "partition",
-        "irq_routes.routes.pin is 24, which is not valid",
+        "irq_routes.routes.pin is 96, which is not valid",
     ),
     (
         |states| put(states, VPS, &PartitionState::default()),
