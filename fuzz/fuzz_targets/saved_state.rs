@@ -10,6 +10,7 @@ use std::fmt::Debug;
 
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
+use guest_saved_state::devices::net::NetState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
 use guest_saved_state::devices::virtio::VirtioState;
@@ -32,10 +33,11 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 8] {
+fn roots() -> [Root; 9] {
     [
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
+        Root::of::<NetState>(),
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
         Root::of::<VirtioState>(),

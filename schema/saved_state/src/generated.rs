@@ -11,7 +11,9 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod i8042; /// The I/O APIC.
     #[rustfmt::skip]
-    pub mod ioapic; /// The real-time clock.
+    pub mod ioapic; /// The virtio network device.
+    #[rustfmt::skip]
+    pub mod net; /// The real-time clock.
     #[rustfmt::skip]
     pub mod rtc; /// The serial port.
     #[rustfmt::skip]

@@ -21,6 +21,7 @@ mod interrupt;
 mod io_thread;
 mod log;
 mod mmio;
+pub mod net;
 mod queue;
 mod ram;
 mod rng;

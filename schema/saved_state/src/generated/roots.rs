@@ -2,6 +2,7 @@
 
 impl ::save_restore::SavedStateRoot for crate::devices::i8042::I8042State {}
 impl ::save_restore::SavedStateRoot for crate::devices::ioapic::IoApicState {}
+impl ::save_restore::SavedStateRoot for crate::devices::net::NetState {}
 impl ::save_restore::SavedStateRoot for crate::devices::rtc::RtcState {}
 impl ::save_restore::SavedStateRoot for crate::devices::serial::SerialPortState {}
 impl ::save_restore::SavedStateRoot for crate::devices::virtio::VirtioState {}
@@ -13,6 +14,7 @@ impl ::save_restore::SavedStateRoot for crate::processor::vp::VpSetState {}
 pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::i8042::I8042State>(),
     crate::registry::Root::of::<crate::devices::ioapic::IoApicState>(),
+    crate::registry::Root::of::<crate::devices::net::NetState>(),
     crate::registry::Root::of::<crate::devices::rtc::RtcState>(),
     crate::registry::Root::of::<crate::devices::serial::SerialPortState>(),
     crate::registry::Root::of::<crate::devices::virtio::VirtioState>(),
