@@ -191,7 +191,7 @@ async fn told(
 }
 
 async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Failure> {
-    let RequestedGuest { config, kernel, ramdisk, .. } = requested;
+    let RequestedGuest { config, kernel, ramdisk, backends, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
     let kernel = files::obtain(kernel, "source.boot.kernel", limit).await?;
@@ -213,7 +213,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
-        devices: devices::requested(&config.devices).specs,
+        devices: devices::requested(&config.devices, backends)?.specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         inject: None,
     })

@@ -402,7 +402,7 @@ mod tests {
             ],
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
-            devices: DevicesConfig { rng: true },
+            devices: DevicesConfig { rng: true, net: Vec::new() },
             units: Vec::new(),
             catch_up_time: true,
         };

@@ -1,13 +1,15 @@
 //! The devices of a config that a guest has only if they are asked for.
 
 use crate::config_capnp as wire;
-use crate::{ConfigFault, config::not_supported};
+use crate::{ConfigFault, NetConfig, config::not_supported};
 
 /// The devices of a guest, beside those of the board. None, unless asked for.
 #[derive(Debug, Clone, Default)]
 pub struct DevicesConfig {
     /// The entropy device.
     pub rng: bool,
+    /// Network devices, in the order in which the guest finds them.
+    pub net: Vec<NetConfig>,
 }
 
 impl DevicesConfig {
@@ -17,13 +19,14 @@ impl DevicesConfig {
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
-        Ok(Self { rng: reader.get_rng() })
+        Ok(Self { rng: reader.get_rng(), net: NetConfig::read_all(reader.get_net()?, faults)? })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng } = self;
+        let Self { rng, net } = self;
         builder.set_rng(*rng);
+        NetConfig::write_all(net, |count| builder.init_net(count));
     }
 }
 
@@ -33,7 +36,6 @@ fn read_unsupported(
 ) -> capnp::Result<()> {
     let asked_for = [
         ("block", !reader.get_block()?.is_empty()),
-        ("net", !reader.get_net()?.is_empty()),
         ("console", reader.get_console()),
         ("vsock", reader.has_vsock()),
         ("balloon", reader.get_balloon()),

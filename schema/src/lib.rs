@@ -11,6 +11,7 @@ mod debug;
 mod devices;
 mod failure;
 mod generated;
+mod net;
 mod state;
 mod timeline;
 mod units;
@@ -25,6 +26,7 @@ pub use debug::{
 pub use devices::DevicesConfig;
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
+pub use net::{MacAddress, NetBackend, NetConfig, NotAMacAddress};
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};
 pub use timeline::{Event, EventKind, StepOutcome, Transition, TransitionEnd, UnitStep};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
