@@ -14,6 +14,7 @@
 //! Limits: split queues (the queue library has no packed ones); no shared memory regions; a queue keeps its buffers until the whole
 //! device is reset.
 
+pub mod balloon;
 mod chain;
 mod device;
 mod event;
