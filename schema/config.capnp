@@ -144,7 +144,7 @@ struct NetConfig {
     stream @2 :UInt64;
     # A connected Unix stream socket. Before each frame stands its length, 32 bits, big endian: as QEMU has it, and passt.
     vhostUser @3 :UInt64;
-    # A connected Unix stream socket, with a vhost-user back end at its other end. The guest's memory is shared with it.
+    # A connected Unix stream socket, with a vhost-user back end at its other end. Not supported yet: badConfig.
     tapQueues @4 :List(UInt64);
     # The same TAP device once for each queue pair, attached with IFF_MULTI_QUEUE besides: 1 to 16.
   }

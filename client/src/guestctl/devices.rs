@@ -15,7 +15,7 @@ pub const NET: &str = "\
   passt=SOCKET       the same from a passt that listens there, or anything in QEMU's framing of streams
   tap=NAME           a TAP device, made if there is none of that name
   fd=N[:N…]          descriptors that this process was started with: of a TAP device (one for each queue pair), or one stream
-  vhost-user=SOCKET  a vhost-user back end that listens there
+  vhost-user=SOCKET  a vhost-user back end that listens there (not supported yet: the VMM refuses it)
 
 Examples:
   guestctl run --kernel vmlinuz --initrd initrd.gz --net passt

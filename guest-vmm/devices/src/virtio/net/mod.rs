@@ -1,7 +1,7 @@
 //! The network device (VIRTIO 1.3, 5.1).
 //!
-//! - [`Net::spec`] makes one of a [`NetSpec`], over a [`NetBackend`]: a [`Tap`] device, a Unix stream socket in the framing of QEMU
-//!   and passt, or a [`VhostUser`] back end in another process
+//! - [`Net::spec`] makes one of a [`NetSpec`], over a [`NetBackend`]: a [`Tap`] device, or a Unix stream socket in the framing of QEMU
+//!   and passt
 //! - [`Link`] is the host's end of it: switches it off and on, and says whether the back end is there
 //! - queue pairs, each with a port of the back end: `receive` and `room`, `transmit`; `control` answers the control queue
 //! - `header` says what a driver may put before a frame, `vectored` moves frames between descriptor and guest memory
