@@ -19,7 +19,7 @@ struct GuestConfig {
   onReset @4 :OnReset;
 
   block @5 :List(BlockConfig);
-  # At most 32. Not supported yet, like all from here to `mem`: badConfig.
+  # At most 32. Not supported yet, like console, vsock, balloon and mem: badConfig.
   net @6 :List(NetConfig);
   # At most 32.
   console @7 :Bool;
@@ -136,14 +136,26 @@ enum BlockMode {
 }
 
 struct NetConfig {
+  # A network device. Its link can be switched off and on at `device/link` of its unit's node in the inspection tree: `net0` is the first
+  # one's name. A back end that goes away takes the link down, and the guest goes on.
+
   mac @0 :Data;
-  # 6 bytes.
+  # 6 bytes: a unicast address that no other device of the guest has. Without any, a locally administered one is made up.
   backend :union {
+    # Descriptors are running numbers, as in FileSource; the client has opened, attached or connected them with its own rights.
     tap @1 :UInt64;
-    # A descriptor's number, as in FileSource.
+    # A descriptor that is attached to a TAP device with IFF_NO_PI and IFF_VNET_HDR.
     stream @2 :UInt64;
+    # A connected Unix stream socket. Before each frame stands its length, 32 bits, big endian: as QEMU has it, and passt.
     vhostUser @3 :UInt64;
+    # A connected Unix stream socket, with a vhost-user back end at its other end. Not supported yet: badConfig.
+    tapQueues @4 :List(UInt64);
+    # The same TAP device once for each queue pair, attached with IFF_MULTI_QUEUE besides: 1 to 16.
   }
+  mtu @5 :UInt16;
+  # What the guest is told of the network's MTU, 68 or more; 0: nothing.
+  queuePairs @6 :UInt16 = 1;
+  # How many queue pairs a vhostUser device has: 1 to 16. A TAP device has as many as descriptors, a stream has one.
 }
 
 struct VsockConfig {

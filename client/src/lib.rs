@@ -10,7 +10,7 @@
 //! be made at once. So a whole life goes out in one flight, without one wait:
 //!
 //! ```no_run
-//! # use guest_client::{DevicesConfig, GuestConfig, Host, MemoryConfig, OnReset, SerialChunk, VpAffinity};
+//! # use guest_client::{DevicesConfig, GuestConfig, Host, MacAddress, MemoryConfig, NetBackend, NetConfig, OnReset, SerialChunk, VpAffinity};
 //! # async fn boot(host: &Host, kernel: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
 //! let launched = host.launch("")?;
 //! let lifecycle = launched.lifecycle;
@@ -68,9 +68,9 @@ pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
     AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
     EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
-    MemDeviceConfig, MemoryConfig, OnReset, Outcome, Panic, PanicReport, Phase, Rendering, SavedStateKind,
-    SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep,
-    VpAffinity, VpRegisters, VpState,
+    MacAddress, MemDeviceConfig, MemoryConfig, NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport,
+    Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd,
+    UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

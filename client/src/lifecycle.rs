@@ -53,6 +53,13 @@ impl Lifecycle {
         }
     }
 
+    /// Makes any open descriptor part of a config for this lifecycle, as the back end of a device: it goes with the next message, and
+    /// this is its number. `None` on a proxied lifecycle, over which no descriptors go.
+    pub fn descriptor(&self, descriptor: impl Into<OwnedFd>) -> Option<u64> {
+        let passed = self.files == Files::Descriptors;
+        passed.then(|| self.channel.descriptors.push(descriptor.into()))
+    }
+
     /// Makes the VMM: checks the config, loads the kernel, builds the devices; no VP runs. Before run it may be called again;
     /// the former VMM is destroyed first.
     ///

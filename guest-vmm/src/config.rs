@@ -1,5 +1,6 @@
 //! A guest's config on its way in: what was asked for, the files already taken from the channel, and the limits it is held to.
 
+use crate::devices::Backends;
 use crate::{client_units, devices};
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
@@ -41,6 +42,7 @@ pub(crate) struct RequestedGuest {
     pub config: GuestConfig,
     pub kernel: Option<Source>,
     pub ramdisk: Option<Source>,
+    pub backends: Backends,
     faults: Vec<ConfigFault>,
 }
 
@@ -61,7 +63,8 @@ impl RequestedGuest {
         };
         let kernel = take(&config.kernel, "source.boot.kernel");
         let ramdisk = take(&config.ramdisk, "source.boot.ramdisk");
-        Ok(Self { config, kernel, ramdisk, faults })
+        let backends = Backends::take(&config.devices, descriptors, &mut faults);
+        Ok(Self { config, kernel, ramdisk, backends, faults })
     }
 
     pub fn on_reset(&self) -> OnReset {

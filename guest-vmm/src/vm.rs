@@ -70,7 +70,8 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let RequestedDevices { specs, ends, hotplug } = devices::requested(&requested.config)?;
+        let RequestedDevices { specs, ends, hotplug } =
+            devices::requested(&requested.config, std::mem::take(&mut requested.backends))?;
         let told = Told::default();
         let config = tokio::select! {
             config = machine_config(requested, specs, &told) => MachineConfig { hotplug, ..config? },

@@ -411,6 +411,7 @@ mod tests {
                 rng: true,
                 balloon: true,
                 mem: Some(MemDeviceConfig::of_region(1 << 30)),
+                net: Vec::new(),
             },
             units: Vec::new(),
             catch_up_time: true,

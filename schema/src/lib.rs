@@ -11,6 +11,8 @@ mod debug;
 mod devices;
 mod failure;
 mod generated;
+mod mem;
+mod net;
 mod state;
 mod timeline;
 mod units;
@@ -22,9 +24,11 @@ pub use debug::{
     AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,
     TableRegister, VpRegisters,
 };
-pub use devices::{DevicesConfig, MemDeviceConfig};
+pub use devices::DevicesConfig;
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
+pub use mem::MemDeviceConfig;
+pub use net::{MacAddress, NetBackend, NetConfig, NotAMacAddress};
 pub use state::{GuestState, Panic, Phase, Rendering, UnitStatus, VpState};
 pub use timeline::{Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};

@@ -1,8 +1,27 @@
 //! The options of `guestctl run` for devices.
 
-use crate::mem;
+mod mem;
+mod net;
+mod tap;
+
+use crate::ending::Outcome;
 use clap::Args;
-use guest_client::{DevicesConfig, MemDeviceConfig};
+use guest_client::{DevicesConfig, Lifecycle, MemDeviceConfig};
+use net::{NetOption, OpenNet};
+
+/// What `--net` takes, with examples.
+pub const NET: &str = "\
+--net BACKEND[,mac=ADDRESS][,mtu=BYTES][,queues=N]; may be given again. BACKEND is one of
+  passt              user networking: passt is started for the guest, and ends with it
+  passt=SOCKET       the same from a passt that listens there, or anything in QEMU's framing of streams
+  tap=NAME           a TAP device, made if there is none of that name
+  fd=N[:N…]          descriptors that this process was started with: of a TAP device (one for each queue pair), or one stream
+  vhost-user=SOCKET  a vhost-user back end that listens there (not supported yet: the VMM refuses it)
+
+Examples:
+  guestctl run --kernel vmlinuz --initrd initrd.gz --net passt
+  guestctl run --kernel vmlinuz --initrd initrd.gz --net tap=tap0,mac=02:00:00:00:00:01,queues=2 --cpus 2
+  guestctl update web units/net0/device/link false      (pulls the cable)";
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
@@ -20,11 +39,32 @@ pub struct DeviceOptions {
     /// (align=), size= is plugged from the beginning
     #[arg(long, value_name = "region=SIZE[,KEY=VALUE]...", value_parser = mem::parse)]
     pub mem: Option<MemDeviceConfig>,
+    /// Give the guest a network device (virtio-net): passt, passt=SOCKET, tap=NAME, fd=N or vhost-user=SOCKET, with
+    /// [,mac=ADDRESS][,mtu=BYTES][,queues=N]; may be given again
+    #[arg(long, value_name = "BACKEND", value_parser = net::parse)]
+    pub net: Vec<NetOption>,
 }
 
 impl DeviceOptions {
-    /// What they ask for.
-    pub fn config(&self) -> DevicesConfig {
-        DevicesConfig { rng: self.rng, balloon: self.balloon, mem: self.mem }
+    /// Opens what they name, with the user's own rights.
+    pub fn open(&self) -> Outcome<OpenDevices> {
+        let net = self.net.iter().map(NetOption::open).collect::<Outcome<_>>()?;
+        Ok(OpenDevices { rng: self.rng, balloon: self.balloon, mem: self.mem, net })
+    }
+}
+
+/// What a guest's devices are made of, open.
+pub struct OpenDevices {
+    rng: bool,
+    balloon: bool,
+    mem: Option<MemDeviceConfig>,
+    net: Vec<OpenNet>,
+}
+
+impl OpenDevices {
+    /// The devices of a guest of this lifecycle.
+    pub fn config(self, lifecycle: &Lifecycle) -> Outcome<DevicesConfig> {
+        let net = self.net.into_iter().map(|net| net.config(lifecycle)).collect::<Outcome<_>>()?;
+        Ok(DevicesConfig { rng: self.rng, balloon: self.balloon, mem: self.mem, net })
     }
 }

@@ -13,7 +13,6 @@ mod duration;
 mod ending;
 mod guests;
 mod look;
-mod mem;
 mod options;
 mod out;
 mod pairs;

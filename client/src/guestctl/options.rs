@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::debug::Gdb;
-use crate::devices::DeviceOptions;
+use crate::devices::{DeviceOptions, NET};
 use crate::{cpus, duration, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -301,7 +301,7 @@ Examples:
 
 /// `guestctl run`.
 #[derive(Debug, Args)]
-#[command(after_help = RUN)]
+#[command(after_help = format!("{RUN}\n\n{NET}"))]
 pub struct Run {
     /// The guest's id [default: the service chooses one]
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]

@@ -2,12 +2,14 @@
 
 mod balloon;
 pub(crate) mod mem;
+mod net;
 mod rng;
 
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
 use ::devices::virtio::mem::MemHandle;
-use guest_schema::{ConfigFault, Failure, GuestConfig};
+use guest_schema::{ConfigFault, DevicesConfig, Failure, GuestConfig};
+use guest_transport::Descriptors;
 use std::ops::Range;
 
 /// What a guest's devices become.
@@ -27,9 +29,23 @@ pub(crate) struct HostEnds {
     pub mem: Option<MemHandle>,
 }
 
-/// The devices of a config that was checked.
-pub(crate) fn requested(config: &GuestConfig) -> Result<RequestedDevices, Failure> {
+/// What the devices of a config have on the host: descriptors, taken from the channel on which the config came.
+#[derive(Default)]
+pub(crate) struct Backends {
+    net: Vec<net::RequestedNet>,
+}
+
+impl Backends {
+    /// Takes them. What cannot be is a fault, and so is what a config says of devices that no guest can have.
+    pub fn take(config: &DevicesConfig, descriptors: &Descriptors, faults: &mut Vec<ConfigFault>) -> Self {
+        Self { net: net::take(&config.net, descriptors, faults) }
+    }
+}
+
+/// The devices of a config that was checked, in the order in which a guest finds them.
+pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<RequestedDevices, Failure> {
     let mut devices = RequestedDevices::default();
+    net::add(backends.net, &mut devices)?;
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
     mem::add(config, &mut devices)?;

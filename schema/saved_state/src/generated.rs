@@ -17,7 +17,9 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod ioapic; /// The memory device.
     #[rustfmt::skip]
-    pub mod mem; /// The real-time clock.
+    pub mod mem; /// The virtio network device.
+    #[rustfmt::skip]
+    pub mod net; /// The real-time clock.
     #[rustfmt::skip]
     pub mod rtc; /// The serial port.
     #[rustfmt::skip]

@@ -317,7 +317,7 @@ async fn what_is_not_supported_is_listed() -> Story {
     for field in [
         "source.boot.kernelType: zircon is not supported",
         "block: not supported",
-        "net: not supported",
+        "net[0].backend.vhostUser: not supported",
         "console: not supported",
         "vsock: not supported",
         "units[0].unit: none was given",
@@ -328,10 +328,32 @@ async fn what_is_not_supported_is_listed() -> Story {
     ] {
         says(&detail, field)?;
     }
+    let devices = bad_config(create_bare(bad_devices).await?)?;
+    for fault in [
+        "net[0].mac: 3 bytes are not the 6 of an address",
+        "net[0].backend.tap: descriptor 77 was not handed over this channel",
+        "net[1].mac: 01:00:00:00:00:00 is no unicast address",
+        "net[1].mtu: 67 is below the least of 68",
+        "net[1].backend.stream: descriptor 0 was not handed over this channel",
+    ] {
+        says(&devices, fault)?;
+    }
     let snapshot = create_bare(|config| {
         config.get_source().set_snapshot(capnp_rpc::new_client(NoSnapshot));
     });
     says(&bad_config(snapshot.await?)?, "source.snapshot: not supported")
+}
+
+fn bad_devices(config: guest_config::Builder<'_>) {
+    let mut net = config.init_net(2);
+    let mut first = net.reborrow().get(0);
+    first.set_mac(&[2, 0, 0]);
+    first.init_backend().set_tap(77);
+    let mut second = net.get(1);
+    second.set_mac(&[1, 0, 0, 0, 0, 0]);
+    second.set_mtu(67);
+    // The kernel's, which is taken.
+    second.init_backend().set_stream(0);
 }
 
 struct NoSnapshot;
@@ -343,7 +365,7 @@ fn everything(mut config: guest_config::Builder<'_>) {
         boot.set_kernel_type(KernelType::Zircon);
     }
     config.reborrow().init_block(1).get(0).set_id("disk");
-    config.reborrow().init_net(1);
+    config.reborrow().init_net(1).get(0).init_backend().set_vhost_user(1);
     config.reborrow().init_vsock().init_listeners(1);
     config.reborrow().init_mem().set_block_bytes(1 << 21);
     config.reborrow().init_units(1).get(0).set_id("unit");

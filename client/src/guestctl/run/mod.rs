@@ -74,7 +74,7 @@ impl Life {
         let launched = if run.proxied { host.launch_proxied(&run.name) } else { host.launch(&run.name)? };
         let Launched { lifecycle, exit, id } = launched;
         let mut output = Output::start(out, clock)?;
-        let created = timed(clock, lifecycle.create(&config(run, files, &lifecycle)));
+        let created = timed(clock, lifecycle.create(&config(run, files, &lifecycle)?));
         let guest = lifecycle.bind();
         let serial = guest.serial(output.sink());
         Ok(Self {
@@ -129,8 +129,8 @@ impl Life {
     }
 }
 
-fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
-    GuestConfig {
+fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> Outcome<GuestConfig> {
+    Ok(GuestConfig {
         kernel: Some(lifecycle.file(files.kernel)),
         ramdisk: files.initrd.map(|initrd| lifecycle.file(initrd)),
         cmdline: run.cmdline.clone(),
@@ -145,10 +145,10 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
         },
         on_reset: run.on_reset.into(),
         units: Vec::new(),
-        devices: run.devices.config(),
+        devices: files.devices.config(lifecycle)?,
         catch_up_time: run.catch_up_time,
         debug_exit: run.debug_exit,
-    }
+    })
 }
 
 /// Notes when the answer comes, whoever waits for it later.

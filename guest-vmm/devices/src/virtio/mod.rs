@@ -23,6 +23,7 @@ mod io_thread;
 mod log;
 pub mod mem;
 mod mmio;
+pub mod net;
 mod queue;
 mod ram;
 mod rng;

@@ -8,10 +8,17 @@ use std::sync::atomic::{Ordering, fence};
 use tokio::io::unix::AsyncFd;
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 /// How many chains a queue hands out before its worker lets others run: a driver that never pauses holds up nobody.
 const BUDGET: u32 = 64;
+
+/// The device area (VIRTIO 1.3, 2.7.8): flags, the index, the elements. And where the driver area's elements begin (2.7.6).
+const USED_INDEX: u64 = 2;
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+const AVAILABLE_HEADER: u64 = 4;
+const AVAILABLE_ELEMENT: u64 = 2;
 
 /// What a driver has done to a queue that cannot be gone on from.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -90,6 +97,8 @@ pub struct VirtQueue {
     /// How many chains the device has.
     out: u16,
     budget: u32,
+    /// Up to which used index the driver was told, or did not want to be.
+    signalled: u16,
 }
 
 impl VirtQueue {
@@ -111,7 +120,8 @@ impl VirtQueue {
         let queue = Queue::try_from(state).ok().filter(|queue| queue.is_valid(&memory));
         let queue = queue.ok_or_else(misplaced)?;
         let bell = bell.watch().map_err(super::DeviceFault::Host)?;
-        Ok(Self { index, queue, memory, bell, interrupt, out: 0, budget: BUDGET })
+        let signalled = queue.next_used();
+        Ok(Self { index, queue, memory, bell, interrupt, out: 0, budget: BUDGET, signalled })
     }
 
     /// The number of its descriptors.
@@ -194,7 +204,36 @@ impl VirtQueue {
         self.queue.add_used(&self.memory, chain.head, written).map_err(|error| ring_fault(index, &error))
     }
 
-    /// Takes back the last chain that was handed out, which must be the only one since: it will be the next again.
+    /// Gives several chains back as one, each with how many bytes of its writable buffers were written: the driver sees all of
+    /// them or none (VIRTIO 1.3, 2.7.8: the index moves once).
+    ///
+    /// # Errors
+    /// As [`complete`](Self::complete).
+    pub fn complete_together(
+        &mut self,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), QueueFault> {
+        let mut next = self.queue.next_used();
+        for (chain, written) in chains {
+            let slot = u64::from(next % self.queue.size());
+            let element = (u64::from(chain.head) | u64::from(written) << 32).to_le();
+            let at = GuestAddress(self.queue.used_ring() + USED_HEADER + USED_ELEMENT * slot);
+            self.memory.write_obj(element, at).map_err(|error| self.memory_fault(error))?;
+            (self.out, next) = (self.out - 1, next.wrapping_add(1));
+        }
+        let index = GuestAddress(self.queue.used_ring() + USED_INDEX);
+        let stored = self.memory.store(next.to_le(), index, Ordering::Release);
+        stored.map_err(|error| self.memory_fault(error))?;
+        self.queue.set_next_used(next);
+        Ok(())
+    }
+
+    fn memory_fault(&self, error: GuestMemoryError) -> QueueFault {
+        ring_fault(self.index, &Error::GuestMemory(error))
+    }
+
+    /// Takes back the last chain that was handed out and is not given back yet: it will be the next again. Several go back in the
+    /// reverse of the order in which they were handed out.
     pub fn put_back(&mut self, chain: Chain) {
         drop(chain);
         self.out -= 1;
@@ -213,15 +252,24 @@ impl VirtQueue {
         Ok(())
     }
 
+    /// VIRTIO 1.3, 2.7.7.1.
     fn wants_signal(&mut self) -> Result<bool, Error> {
-        if self.queue.event_idx_enabled() {
-            return self.queue.needs_notification(&self.memory);
-        }
-        // What was given back is to be seen before the flags are looked at.
+        // What was given back is to be seen before the driver's wishes are looked at.
         fence(Ordering::SeqCst);
-        let flags = self.memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
-        let flags = u16::from_le(flags.map_err(Error::GuestMemory)?);
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let area = GuestAddress(self.queue.avail_ring());
+        let (old, new) = (self.signalled, self.queue.next_used());
+        self.signalled = new;
+        if self.queue.event_idx_enabled() {
+            let event = area.0 + AVAILABLE_HEADER + AVAILABLE_ELEMENT * u64::from(self.queue.size());
+            let event = self.load(GuestAddress(event))?;
+            return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+        }
+        Ok(new != old && u32::from(self.load(area)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    fn load(&self, address: GuestAddress) -> Result<u16, Error> {
+        let value = self.memory.load::<u16>(address, Ordering::Relaxed);
+        Ok(u16::from_le(value.map_err(Error::GuestMemory)?))
     }
 
     /// Where it stands, for whoever serves it next.

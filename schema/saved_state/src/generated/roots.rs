@@ -5,6 +5,7 @@ impl ::save_restore::SavedStateRoot for crate::devices::generic_event::GenericEv
 impl ::save_restore::SavedStateRoot for crate::devices::i8042::I8042State {}
 impl ::save_restore::SavedStateRoot for crate::devices::ioapic::IoApicState {}
 impl ::save_restore::SavedStateRoot for crate::devices::mem::MemState {}
+impl ::save_restore::SavedStateRoot for crate::devices::net::NetState {}
 impl ::save_restore::SavedStateRoot for crate::devices::rtc::RtcState {}
 impl ::save_restore::SavedStateRoot for crate::devices::serial::SerialPortState {}
 impl ::save_restore::SavedStateRoot for crate::devices::virtio::VirtioState {}
@@ -19,6 +20,7 @@ pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::i8042::I8042State>(),
     crate::registry::Root::of::<crate::devices::ioapic::IoApicState>(),
     crate::registry::Root::of::<crate::devices::mem::MemState>(),
+    crate::registry::Root::of::<crate::devices::net::NetState>(),
     crate::registry::Root::of::<crate::devices::rtc::RtcState>(),
     crate::registry::Root::of::<crate::devices::serial::SerialPortState>(),
     crate::registry::Root::of::<crate::devices::virtio::VirtioState>(),

@@ -1,0 +1,110 @@
+//! What serves a network device's queues.
+//!
+//! Every queue pair that the driver uses has its own port of the back end. All of them share the I/O thread; between any two waits
+//! each moves a bounded number of frames. Nothing is under way while they wait but buffers for frames to come, so stopping is
+//! dropping what waits.
+
+use super::control::Control;
+use super::header::accepted;
+use super::lane::Lane;
+use super::port::Port;
+use super::receive::Receiving;
+use super::shared::Shared;
+use super::transmit::Transmitting;
+use crate::virtio::{DeviceFault, QueueWorker, Session, VirtQueue};
+use futures::future::{LocalBoxFuture, try_join_all};
+use std::convert::Infallible;
+use std::sync::Arc;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
+
+/// What serves a network device's queues.
+#[derive(Debug)]
+pub struct NetWorker {
+    pub(super) ports: Vec<Port>,
+    pub(super) mtu: Option<u16>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// A queue for frames to the driver, and one for those from it.
+type Pair<'q> = (&'q mut VirtQueue, &'q mut VirtQueue);
+
+impl QueueWorker for NetWorker {
+    async fn run(&mut self, session: &mut Session) -> Result<(), DeviceFault> {
+        let features = session.features;
+        self.prepare(features);
+        if session.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.shared.announcement.show() {
+            session.interrupt.config_changed();
+        }
+        let mut stop = session.stop.clone();
+        loop {
+            let served = self.serve(session);
+            tokio::select! {
+                biased;
+                () = stop.requested() => return Ok(()),
+                changed = served => changed?,
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        let mut setup = self.shared.setup();
+        (setup.pairs, setup.receive_mode) = (1, super::shared::ReceiveMode::default());
+        self.shared.announcement.acknowledge();
+    }
+}
+
+impl NetWorker {
+    /// Makes the back end ready for a driver with these features.
+    fn prepare(&mut self, features: u64) {
+        for port in &mut self.ports {
+            if let Err(error) = port.prepare(features) {
+                self.shared.link.lose(&error.to_string());
+            }
+        }
+    }
+
+    /// Serves the queue pairs that the driver uses, until it uses another number of them.
+    async fn serve(&mut self, session: &mut Session) -> Result<(), DeviceFault> {
+        let Self { ports, mtu, shared } = self;
+        let Session { queues, memory, features, .. } = session;
+        let features = *features;
+        let lane = Lane { memory, features, mtu: *mtu, shared };
+        let most = if accepted(features, VIRTIO_NET_F_MQ) { ports.len() } else { 1 };
+        let (queues, control) = queues.split_at_mut(2 * most);
+        let mut pairs: Vec<Pair<'_>> = queues.chunks_exact_mut(2).map_while(pair).collect();
+        let ready = u16::try_from(pairs.len()).expect("few ports");
+        let used = usize::from(shared.setup().pairs);
+        let mut served: Vec<LocalBoxFuture<'_, Result<Infallible, DeviceFault>>> = Vec::new();
+        for (index, port) in ports.iter_mut().enumerate() {
+            if let Err(error) = port.attach(index < used) {
+                shared.link.lose(&error.to_string());
+            }
+        }
+        for ((receive, transmit), port) in pairs.drain(..).zip(ports).take(used) {
+            let Port { descriptor, incoming, outgoing } = port;
+            served.push(Box::pin(Receiving::new(receive, descriptor, incoming, lane).run()));
+            served.push(Box::pin(Transmitting::new(transmit, descriptor, outgoing, lane).run()));
+        }
+        let control = control.first_mut().and_then(Option::as_mut);
+        let control = control.filter(|_| accepted(features, VIRTIO_NET_F_CTRL_VQ));
+        let commands = async {
+            match control {
+                Some(queue) => Control { queue, memory, features, pairs: ready, shared }.run().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = commands => changed,
+            // Frames end with a fault; without queues for them there are only commands.
+            Err(fault) = try_join_all(served) => Err(fault),
+        }
+    }
+}
+
+/// Two queues that are both ready.
+fn pair(queues: &mut [Option<VirtQueue>]) -> Option<Pair<'_>> {
+    match queues {
+        [Some(receive), Some(transmit)] => Some((receive, transmit)),
+        _ => None,
+    }
+}

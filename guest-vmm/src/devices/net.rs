@@ -1,0 +1,189 @@
+//! Network devices.
+
+use super::RequestedDevices;
+use devices::virtio::net::{MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap};
+use guest_schema::{ConfigFault, Failure, GuestError, MacAddress, NetConfig, chain};
+use guest_transport::Descriptors;
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType, getpeername};
+use rustix::rand::{GetRandomFlags, getrandom};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+/// The most network devices of a guest.
+const MAX_DEVICES: usize = 32;
+
+/// A network device, its descriptors in hand.
+pub(super) struct RequestedNet {
+    mac: Option<MacAddress>,
+    mtu: Option<u16>,
+    backend: NetBackend,
+}
+
+/// Takes the devices' descriptors. What of the devices cannot be is a fault.
+pub(super) fn take(
+    devices: &[NetConfig],
+    descriptors: &Descriptors,
+    faults: &mut Vec<ConfigFault>,
+) -> Vec<RequestedNet> {
+    faults.extend(value_faults(devices));
+    let mut taken = Vec::new();
+    for (index, NetConfig { mac, mtu, backend }) in devices.iter().enumerate() {
+        let field = |kind: &str| format!("net[{index}].backend.{kind}");
+        match back_end(backend, descriptors) {
+            Ok(backend) => taken.push(RequestedNet { mac: *mac, mtu: *mtu, backend }),
+            Err((kind, problem)) => faults.push(ConfigFault::new(field(kind), problem)),
+        }
+    }
+    taken
+}
+
+/// Opens a back end, or says what of which kind it is not.
+fn back_end(
+    backend: &guest_schema::NetBackend,
+    descriptors: &Descriptors,
+) -> Result<NetBackend, (&'static str, String)> {
+    let take = |number: u64| descriptors.take(number).map_err(|error| error.to_string());
+    match backend {
+        guest_schema::NetBackend::Tap(numbers) => {
+            let kind = if numbers.len() == 1 { "tap" } else { "tapQueues" };
+            let queue = |number: &u64| {
+                let tap = Tap::new(take(*number)?);
+                tap.map_err(|error| format!("descriptor {number}: {}", chain(&error)))
+            };
+            let queues: Result<Vec<Tap>, String> = numbers.iter().map(queue).collect();
+            Ok(NetBackend::Tap(queues.map_err(|problem| (kind, problem))?))
+        }
+        guest_schema::NetBackend::Stream(number) => {
+            let socket = take(*number).and_then(|socket| connected(socket, *number));
+            Ok(NetBackend::Stream(socket.map_err(|problem| ("stream", problem))?))
+        }
+        guest_schema::NetBackend::VhostUser { .. } => Err(("vhostUser", "not supported".into())),
+    }
+}
+
+/// A connected Unix stream socket.
+fn connected(socket: OwnedFd, number: u64) -> Result<OwnedFd, String> {
+    let is_stream = socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM)
+        && socket_domain(&socket).is_ok_and(|domain| domain == AddressFamily::UNIX);
+    if !is_stream {
+        return Err(format!("descriptor {number} is no Unix stream socket"));
+    }
+    match getpeername(&socket) {
+        Ok(_) => Ok(socket),
+        Err(error) => Err(format!("descriptor {number}: the socket has no peer: {error}")),
+    }
+}
+
+/// What of the devices cannot be, whatever their descriptors are.
+fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
+    let mut faults = Vec::new();
+    if devices.len() > MAX_DEVICES {
+        let problem = format!("{} devices are more than {MAX_DEVICES}", devices.len());
+        faults.push(ConfigFault::new("net", problem));
+    }
+    let mut known = BTreeMap::new();
+    for (index, NetConfig { mac, mtu, backend }) in devices.iter().enumerate() {
+        let mut fault = |field: &str, problem: String| {
+            faults.push(ConfigFault::new(format!("net[{index}].{field}"), problem));
+        };
+        if let Some(mac) = mac {
+            match known.insert(*mac, index) {
+                _ if !mac.is_unicast() => fault("mac", format!("{mac} is no unicast address")),
+                Some(other) => fault("mac", format!("{mac} is net[{other}]'s")),
+                None => {}
+            }
+        }
+        if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
+            fault("mtu", format!("{mtu} is below the least of {MIN_MTU}"));
+        }
+        let (field, pairs) = match backend {
+            guest_schema::NetBackend::Tap(numbers) => ("backend.tapQueues", numbers.len()),
+            guest_schema::NetBackend::Stream(_) => continue,
+            guest_schema::NetBackend::VhostUser { queue_pairs, .. } => {
+                ("queuePairs", usize::from(*queue_pairs))
+            }
+        };
+        if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
+            fault(field, format!("{pairs} queue pairs are not from 1 to {MAX_QUEUE_PAIRS}"));
+        }
+    }
+    faults
+}
+
+/// Adds the devices.
+pub(super) fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> Result<(), Failure> {
+    for (index, RequestedNet { mac, mtu, backend }) in taken.into_iter().enumerate() {
+        let name = format!("net{index}");
+        let failure = |error: &dyn std::error::Error| {
+            let detail = format!("{name}: {}", chain(error));
+            Failure::new(GuestError::DeviceInitializationFailure, detail)
+        };
+        let mac = match mac {
+            Some(mac) => mac,
+            None => made_up().map_err(|error| failure(&error))?,
+        };
+        let spec = NetSpec { mac: mac.0, mtu, backend, watcher: None };
+        // The link is switched by its node in the inspection tree.
+        let (spec, _link) = Net::spec(&name, spec).map_err(|error| failure(&error))?;
+        devices.specs.push(spec);
+    }
+    Ok(())
+}
+
+/// An address that nobody else has, most likely: 46 random bits.
+fn made_up() -> rustix::io::Result<MacAddress> {
+    let mut bytes = [0; 6];
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    Ok(MacAddress::locally_administered(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guest_schema::NetBackend as Backend;
+
+    fn device(mac: Option<[u8; 6]>, mtu: Option<u16>, backend: Backend) -> NetConfig {
+        NetConfig { mac: mac.map(MacAddress), mtu, backend }
+    }
+
+    #[test]
+    fn every_fault_names_its_field_and_value() {
+        let own = Some([2, 0, 0, 0, 0, 1]);
+        let devices = [
+            device(own, Some(68), Backend::Stream(0)),
+            device(own, Some(67), Backend::Tap(Vec::new())),
+            device(Some([1, 0, 0, 0, 0, 1]), None, Backend::Tap(vec![0; 17])),
+            device(None, None, Backend::VhostUser { socket: 0, queue_pairs: 0 }),
+            device(None, Some(u16::MAX), Backend::VhostUser { socket: 0, queue_pairs: 16 }),
+        ];
+        let faults: Vec<_> = value_faults(&devices).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            faults,
+            [
+                "net[1].mac: 02:00:00:00:00:01 is net[0]'s",
+                "net[1].mtu: 67 is below the least of 68",
+                "net[1].backend.tapQueues: 0 queue pairs are not from 1 to 16",
+                "net[2].mac: 01:00:00:00:00:01 is no unicast address",
+                "net[2].backend.tapQueues: 17 queue pairs are not from 1 to 16",
+                "net[3].queuePairs: 0 queue pairs are not from 1 to 16",
+            ]
+        );
+        let many = vec![device(None, None, Backend::Stream(0)); 33];
+        assert_eq!(value_faults(&many)[0].to_string(), "net: 33 devices are more than 32");
+        assert_eq!(value_faults(&many[1..]), []);
+    }
+
+    #[test]
+    fn a_stream_is_a_connected_unix_socket() {
+        let (ours, _its) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        connected(ours.into(), 3).expect("connected");
+        let file = std::fs::File::open("/dev/null").expect("there");
+        assert_eq!(connected(file.into(), 4).unwrap_err(), "descriptor 4 is no Unix stream socket");
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let alone =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("one");
+        let problem = connected(alone, 5).unwrap_err();
+        assert!(problem.starts_with("descriptor 5: the socket has no peer: "), "{problem}");
+    }
+}
