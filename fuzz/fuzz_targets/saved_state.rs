@@ -12,6 +12,8 @@ use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
+use guest_saved_state::devices::virtio::VirtioState;
+use guest_saved_state::devices::vsock::VsockState;
 use guest_saved_state::processor::{partition, vp};
 use guest_saved_state::saved_state_roots;
 use libfuzzer_sys::fuzz_target;
@@ -31,12 +33,14 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 7] {
+fn roots() -> [Root; 9] {
     [
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
+        Root::of::<VirtioState>(),
+        Root::of::<VsockState>(),
         Root::of::<NoSavedState>(),
         Root { name: vp::VpSetState::full_name(), hold: hold_vps },
         Root { name: partition::PartitionState::full_name(), hold: hold_partition },

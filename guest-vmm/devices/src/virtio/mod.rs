@@ -25,6 +25,7 @@ mod queue;
 mod ram;
 mod rng;
 mod saved;
+pub mod vsock;
 #[cfg(test)]
 mod tests;
 
