@@ -10,7 +10,7 @@
 //! be made at once. So a whole life goes out in one flight, without one wait:
 //!
 //! ```no_run
-//! # use guest_client::{GuestConfig, Host, MemoryConfig, OnReset, SerialChunk, VpAffinity};
+//! # use guest_client::{DevicesConfig, GuestConfig, Host, MemoryConfig, OnReset, SerialChunk, VpAffinity};
 //! # async fn boot(host: &Host, kernel: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
 //! let launched = host.launch("")?;
 //! let lifecycle = launched.lifecycle;
@@ -23,6 +23,7 @@
 //!     cpuid_mask: Vec::new(),
 //!     memory: MemoryConfig::of_bytes(128 << 20),
 //!     on_reset: OnReset::Restart,
+//!     devices: DevicesConfig::default(),
 //!     units: Vec::new(),
 //!     catch_up_time: false,
 //! };
@@ -61,10 +62,11 @@ pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, Event, EventKind, Exit,
-    Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy, MemoryConfig, OnReset,
-    Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition,
-    TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
+    AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
+    EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
+    MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome,
+    TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters,
+    VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

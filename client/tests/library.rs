@@ -6,8 +6,8 @@ use capnp::traits::HasTypeId;
 use capnp_rpc::rpc_capnp::{call, message};
 use fake::{HostServer, Machine};
 use guest_client::{
-    Callback, ClientError, ConnectError, Exit, GuestConfig, GuestError, Host, MemoryConfig, OnReset, Outcome,
-    Phase, SerialChunk, VpAffinity, VpState,
+    Callback, ClientError, ConnectError, DevicesConfig, Exit, GuestConfig, GuestError, Host, MemoryConfig,
+    OnReset, Outcome, Phase, SerialChunk, VpAffinity, VpState,
 };
 use guest_schema::common_capnp::byte_stream;
 use guest_schema::guest_capnp::{guest, guest_lifecycle};
@@ -40,6 +40,7 @@ fn config(kernel: Option<guest_client::FileSource>, cpus: u32) -> GuestConfig {
         memory: MemoryConfig::of_bytes(1 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     }
 }

@@ -171,7 +171,7 @@ fn affinity_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_schema::MemoryConfig;
+    use guest_schema::{DevicesConfig, MemoryConfig};
 
     fn config() -> GuestConfig {
         GuestConfig {
@@ -184,6 +184,7 @@ mod tests {
             memory: MemoryConfig::of_bytes(1 << 20),
             on_reset: OnReset::Restart,
             units: Vec::new(),
+            devices: DevicesConfig::default(),
             catch_up_time: false,
         }
     }

@@ -9,6 +9,7 @@
 mod admission;
 mod client_units;
 mod config;
+mod devices;
 mod driver;
 mod events;
 mod files;

@@ -2,6 +2,7 @@
 
 use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
+use crate::devices;
 use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
@@ -212,6 +213,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
+        devices: devices::requested(&config.devices).specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         inject: None,
     })
@@ -241,7 +243,7 @@ fn build_failure(error: &MachineError) -> Failure {
         }
         MachineError::Boot(_) => GuestError::KernelLoadFailure,
         MachineError::Overlap(_) => GuestError::DeviceMemoryOverlap,
-        MachineError::Unit(_) => GuestError::DeviceInitializationFailure,
+        MachineError::Unit(_) | MachineError::Device { .. } => GuestError::DeviceInitializationFailure,
         MachineError::Cancelled => return cancelled(),
         MachineError::Panicked => GuestError::InternalError,
     };

@@ -2,6 +2,7 @@
 
 use crate::common_capnp::{file, file_source};
 use crate::config_capnp as wire;
+use crate::devices::DevicesConfig;
 use crate::failure::lossy;
 use crate::units::UnitConfig;
 use std::collections::BTreeSet;
@@ -142,6 +143,8 @@ pub struct GuestConfig {
     pub memory: MemoryConfig,
     /// What a reset by the guest itself does.
     pub on_reset: OnReset,
+    /// The devices beside the board's.
+    pub devices: DevicesConfig,
     /// State units that the client implements.
     pub units: Vec<UnitConfig>,
     /// The guest's clocks jump over the time during which it did not run; else they go on from where they were.
@@ -185,7 +188,7 @@ impl GuestConfig {
                 OnReset::default()
             }
         };
-        read_unsupported(reader, &mut faults)?;
+        let devices = DevicesConfig::read(reader, &mut faults)?;
         let memory = MemoryConfig {
             bytes: memory.get_bytes(),
             huge_pages: memory.get_huge_pages(),
@@ -202,6 +205,7 @@ impl GuestConfig {
             cpuid_mask: read_cpuid_mask(reader.get_cpuid_mask()?, &mut faults),
             memory,
             on_reset,
+            devices,
             units,
             catch_up_time: reader.get_catch_up_time(),
         };
@@ -229,11 +233,12 @@ impl GuestConfig {
             OnReset::Stop => wire::OnReset::Stop,
         });
         builder.set_catch_up_time(self.catch_up_time);
+        self.devices.write(builder.reborrow());
         UnitConfig::write_all(&self.units, |count| builder.init_units(count));
     }
 }
 
-fn not_supported(field: &str) -> ConfigFault {
+pub(crate) fn not_supported(field: &str) -> ConfigFault {
     ConfigFault::new(field, "not supported")
 }
 
@@ -373,27 +378,6 @@ fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>
     }
 }
 
-fn read_unsupported(
-    reader: wire::guest_config::Reader<'_>,
-    faults: &mut Vec<ConfigFault>,
-) -> capnp::Result<()> {
-    let asked_for = [
-        ("block", !reader.get_block()?.is_empty()),
-        ("net", !reader.get_net()?.is_empty()),
-        ("console", reader.get_console()),
-        ("rng", reader.get_rng()),
-        ("vsock", reader.has_vsock()),
-        ("balloon", reader.get_balloon()),
-        ("mem", reader.has_mem()),
-        ("gpu", reader.get_gpu()),
-        ("sound", reader.get_sound()),
-        ("wayland", reader.get_wayland()),
-        ("magma", reader.get_magma()),
-    ];
-    faults.extend(asked_for.iter().filter(|(_, asked)| *asked).map(|(field, _)| not_supported(field)));
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -418,6 +402,7 @@ mod tests {
             ],
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
+            devices: DevicesConfig { rng: true },
             units: Vec::new(),
             catch_up_time: true,
         };

@@ -8,6 +8,7 @@ compile_error!("guestd runs on Linux on x86-64 only");
 
 mod config;
 mod debug;
+mod devices;
 mod failure;
 mod generated;
 mod state;
@@ -21,6 +22,7 @@ pub use debug::{
     AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,
     TableRegister, VpRegisters,
 };
+pub use devices::DevicesConfig;
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};

@@ -6,7 +6,7 @@ use std::io::Write;
 
 use anyhow::{Context, anyhow};
 use guest_client::{ByteStream, ClientError, Guest, GuestExit, Host, Launched, Lifecycle};
-use guest_schema::{GuestConfig, GuestError, MemoryConfig, OnReset, VpAffinity};
+use guest_schema::{DevicesConfig, GuestConfig, GuestError, MemoryConfig, OnReset, VpAffinity};
 use processor::scripted::Script;
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -199,6 +199,7 @@ impl Player {
             memory: MemoryConfig::of_bytes(16 << 20),
             on_reset: OnReset::Restart,
             units: Vec::new(),
+            devices: DevicesConfig::default(),
             catch_up_time: false,
         })
     }

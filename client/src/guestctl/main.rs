@@ -7,6 +7,7 @@
 mod cpus;
 mod debug;
 mod demo;
+mod devices;
 mod dump;
 mod ending;
 mod guests;

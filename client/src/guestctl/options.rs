@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::debug::Gdb;
+use crate::devices::DeviceOptions;
 use crate::{cpus, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -327,6 +328,8 @@ pub struct Run {
     /// Speak to the guest through the service, as a client does that cannot pass descriptors
     #[arg(long)]
     pub proxied: bool,
+    #[command(flatten)]
+    pub devices: DeviceOptions,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -1,4 +1,4 @@
-//! The I/O APIC: 24 pins, a redirection table, and messages to the local APICs (Intel 82093AA datasheet, 290566-001; the version
+//! The I/O APIC: 96 pins, a redirection table, and messages to the local APICs (Intel 82093AA datasheet, 290566-001; the version
 //! register and EOI register of version 0x20 as in Intel's later chip sets; messages as in SDM volume 3, 11.11).
 //!
 //! [`IoApic`] holds the registers and the lines, [`IrqLine`] is a device's end of one pin, and [`IoApicRouting`] takes the messages.
@@ -19,7 +19,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// How many pins there are.
-pub const PIN_COUNT: u8 = 24;
+pub const PIN_COUNT: u8 = 96;
 
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
@@ -312,8 +312,8 @@ impl IoApic {
     }
 }
 
-/// The lines' bits in [`IoApicState::asserted`].
-const ALL_PINS: u32 = (1 << PIN_COUNT) - 1;
+/// How many lines are in [`IoApicState::asserted`]; the others are in [`IoApicState::asserted_high`].
+const LOW_PINS: u8 = 32;
 
 /// The lines are part of the state: a device that keeps one asserted does not assert it again when it is restored.
 impl SaveRestore for IoApic {
@@ -322,20 +322,21 @@ impl SaveRestore for IoApic {
     fn save(&mut self) -> Result<IoApicState, SaveError> {
         // What the routing was told follows from the entries.
         let Self { select, id, pins, routing: _ } = self;
-        let asserted = (0..).zip(&*pins).map(|(number, pin)| u32::from(pin.asserted) << number);
+        let lines = (0..).zip(&*pins).map(|(number, pin)| u128::from(pin.asserted) << number).sum::<u128>();
         Ok(IoApicState {
             select: (*select).into(),
             id: *id,
             entries: pins.iter().map(|pin| pin.entry.0).collect(),
-            asserted: asserted.sum::<u32>(),
+            asserted: u32::try_from(lines & u128::from(u32::MAX)).expect("masked"),
+            asserted_high: u64::try_from(lines >> LOW_PINS).expect("96 lines"),
         })
     }
 
     fn restore(&mut self, state: IoApicState) -> Result<(), RestoreError> {
-        let IoApicState { select, id, entries, asserted } = state;
+        let IoApicState { select, id, entries, asserted, asserted_high } = state;
         let select = register("select", select, u8::MAX.into())?;
         let id = register("id", id, ID_MASK)?;
-        let asserted: u32 = register("asserted", asserted, ALL_PINS)?;
+        let lines = u128::from(asserted) | u128::from(asserted_high) << LOW_PINS;
         if entries.len() != usize::from(PIN_COUNT) {
             return Err(RestoreError::invalid("entries", format_args!("{} entries long", entries.len())));
         }
@@ -345,7 +346,7 @@ impl SaveRestore for IoApic {
         let entries = entries.collect::<Result<Vec<_>, _>>()?;
         (self.select, self.id) = (select, id);
         for ((number, pin), entry) in (0..).zip(&mut self.pins).zip(entries) {
-            (pin.entry, pin.asserted) = (entry, asserted & (1 << number) != 0);
+            (pin.entry, pin.asserted) = (entry, lines & (1 << number) != 0);
         }
         Ok(())
     }
@@ -539,12 +540,12 @@ pub(crate) mod tests {
     fn identifies_itself() {
         let (ioapic, _) = ioapic();
         let driver = Driver(ioapic);
-        assert_eq!(driver.read(REGISTER_VERSION), 0x0017_0020);
+        assert_eq!(driver.read(REGISTER_VERSION), 0x005f_0020);
         driver.write(REGISTER_ID, 0xffff_ffff);
         assert_eq!(driver.read(REGISTER_ID), 0x0f00_0000);
         assert_eq!(driver.read(REGISTER_ARBITRATION), 0x0f00_0000);
         driver.write(REGISTER_VERSION, 0);
-        assert_eq!(driver.read(REGISTER_VERSION), 0x0017_0020);
+        assert_eq!(driver.read(REGISTER_VERSION), 0x005f_0020);
         assert_eq!(driver.read(0x0f), u32::MAX, "no such register");
         assert_eq!(driver.read(0x40), u32::MAX, "one past the table");
     }
@@ -713,7 +714,7 @@ pub(crate) mod tests {
             panic!("no pins");
         };
         assert_eq!(pins.len(), usize::from(PIN_COUNT));
-        assert_eq!(inspected(&mut *ioapic, "pins/24"), Node::NotFound);
+        assert_eq!(inspected(&mut *ioapic, "pins/96"), Node::NotFound);
         assert_eq!(inspected(&mut *ioapic, "id").to_string(), "3\n");
         assert_eq!(inspected(&mut *ioapic, "selected_register").to_string(), "0x24\n");
     }
@@ -731,13 +732,13 @@ pub(crate) mod tests {
         ioapic.lock().unwrap().read(SELECT, &mut selected);
         assert_eq!(selected, [REGISTER_TABLE + 8, 0, 0, 0]);
         let plain = observed(&mut *ioapic.lock().unwrap());
-        assert_eq!(plain.to_string(), "pin_count: 24\nversion: 0x20\n");
+        assert_eq!(plain.to_string(), "pin_count: 96\nversion: 0x20\n");
     }
 
     #[test]
     fn there_are_24_pins() {
         let (ioapic, _) = ioapic();
         assert!(IrqLine::new(ioapic.clone(), 23).is_some());
-        assert!(IrqLine::new(ioapic, 24).is_none());
+        assert!(IrqLine::new(ioapic, 96).is_none());
     }
 }

@@ -22,7 +22,7 @@ use std::sync::{Arc, OnceLock};
 const MAX_VPS: u32 = 254;
 
 /// What every guest needs.
-const REQUIRED: [(Cap, &str); 16] = [
+const REQUIRED: [(Cap, &str); 18] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
@@ -34,6 +34,8 @@ const REQUIRED: [(Cap, &str); 16] = [
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
     (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ"),
     (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),

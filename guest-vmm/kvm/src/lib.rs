@@ -17,6 +17,7 @@ mod convert;
 mod cpuid;
 mod debug;
 mod error;
+mod event_fds;
 mod exit;
 mod fault;
 mod hypervisor;

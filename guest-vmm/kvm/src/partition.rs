@@ -15,8 +15,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use processor::{
-    AccessPartitionState, Clock, DebugCapabilities, ErasedPartitionState, IOAPIC_PINS, IrqRoutes, MsiRequest,
-    Partition, PartitionConfig, PartitionError, PartitionStateKind, VpIndex, Vtl,
+    AccessPartitionState, Clock, DebugCapabilities, ErasedPartitionState, EventFds, IOAPIC_PINS, IrqRoutes,
+    MsiRequest, Partition, PartitionConfig, PartitionError, PartitionStateKind, VpIndex, Vtl,
 };
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -58,14 +58,15 @@ impl KvmPartition {
     }
 
     /// A panic of another thread leaves the table whole: it is only replaced.
-    fn routes(&self) -> MutexGuard<'_, Routes> {
+    pub(crate) fn routes(&self) -> MutexGuard<'_, Routes> {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells KVM the routes, if what it knows does not do.
-    fn update_routes(&self, routes: &mut Routes) -> Result<(), PartitionError> {
+    pub(crate) fn update_routes(&self, routes: &mut Routes) -> Result<(), PartitionError> {
         let Some(needed) = routes.needed() else { return Ok(()) };
-        let table = KvmIrqRouting::from_entries(&needed.entries()).expect("24 entries fit into a table");
+        let table =
+            KvmIrqRouting::from_entries(&needed.entries()).expect("an entry for each pin fits into a table");
         self.vm.set_gsi_routing(&table).for_partition("KVM_SET_GSI_ROUTING")?;
         routes.told(needed);
         Ok(())
@@ -99,6 +100,12 @@ fn split_irqchip(vm: &VmFd) -> Result<(), PartitionError> {
     vm.enable_cap(&cap).for_partition("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)")
 }
 
+/// There is no such pin.
+pub(crate) fn no_pin(pin: u8) -> PartitionError {
+    let source = io::Error::other(format!("pin {pin}, and there are {IOAPIC_PINS}"));
+    PartitionError::Call { call: "setting an IOAPIC route", source }
+}
+
 impl Partition for KvmPartition {
     fn request_yield(&self, vp: VpIndex) {
         if let Some(slot) = self.vps.get(vp.0 as usize) {
@@ -127,10 +134,13 @@ impl Partition for KvmPartition {
     fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>) -> Result<(), PartitionError> {
         let mut routes = self.routes();
         if !routes.set(pin, request) {
-            let source = io::Error::other(format!("pin {pin}, and there are {IOAPIC_PINS}"));
-            return Err(PartitionError::Call { call: "setting an IOAPIC route", source });
+            return Err(no_pin(pin));
         }
         self.update_routes(&mut routes)
+    }
+
+    fn event_fds(&self) -> Option<&dyn EventFds> {
+        Some(self)
     }
 
     fn inject_nmi(&self, vp: VpIndex) {

@@ -6,7 +6,9 @@
 //! Limits: VP n has local APIC n, up to 254 of them (255 addresses all); no hot-plug, no sleep but S4 and S5.
 
 use crate::layout;
-use acpi_tables::aml::{self, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
+use acpi_tables::aml::{
+    self, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -106,6 +108,24 @@ pub fn real_time_clock() -> DeviceNode {
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(first, first, 1, ports)])),
+        ],
+    ))
+}
+
+/// A virtio device behind the MMIO transport, as Linux finds it (LNRO0005), its interrupt an edge.
+pub fn virtio_mmio(index: u8, base: u64, bytes: u64, pin: u8) -> DeviceNode {
+    DeviceNode::new(&Device::new(
+        format!("V{index:03}").as_str().into(),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &index),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &Memory32Fixed::new(true, register_address(base), register_address(bytes)),
+                    &Interrupt::new(true, true, false, false, pin.into()),
+                ]),
+            ),
         ],
     ))
 }
@@ -220,7 +240,7 @@ fn madt(apic_ids: std::ops::Range<u8>) -> MADT {
 }
 
 fn register_address(address: u64) -> u32 {
-    u32::try_from(address).expect("the interrupt controllers are below 4 GiB")
+    u32::try_from(address).expect("registers are below 4 GiB")
 }
 
 fn xsdt(tables: &[u64]) -> XSDT {

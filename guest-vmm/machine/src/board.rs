@@ -13,13 +13,15 @@ use std::sync::{Arc, Mutex};
 pub(crate) enum Window {
     /// From this I/O port, so many.
     Ports(u16, u16),
+    /// From this guest physical address, so many bytes.
+    Memory(u64, u64),
     /// Part of every bus: the IOAPIC, which the bus tells of the ends of interrupts.
     Bus,
 }
 
 /// A device and its place.
 pub(crate) struct Placed {
-    pub name: &'static str,
+    pub name: String,
     pub window: Window,
     pub device: Arc<Mutex<dyn Device>>,
     /// The devices that this one uses: they run whenever it does.
@@ -43,7 +45,8 @@ impl Board {
 
     /// Every device with its place.
     pub fn devices(&self) -> Vec<Placed> {
-        let place = |name, window, device, uses, acpi| Placed { name, window, device, uses, acpi };
+        let place =
+            |name: &str, window, device, uses, acpi| Placed { name: name.into(), window, device, uses, acpi };
         let (ports, uart) = (Window::Ports, Some(acpi::serial_port()));
         let (rtc, clock) = (Rtc::new(Box::new(SystemClock)), Some(acpi::real_time_clock()));
         vec![

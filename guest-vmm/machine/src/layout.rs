@@ -20,7 +20,8 @@
 //!
 //! Below the first megabyte everything from 0x500 to 0xa0000 that the table leaves out is free for kernels.
 
-use std::ops::Range;
+use devices::PIN_COUNT;
+use std::ops::{Range, RangeInclusive};
 
 /// The global descriptor table for the first instructions.
 pub const GDT: Range<u64> = 0x500..0x530;
@@ -44,6 +45,8 @@ pub const EXTENDED_MEMORY: u64 = 0x10_0000;
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
 /// The windows of memory-mapped devices.
 pub const DEVICE_WINDOWS: Range<u64> = 0xd000_0000..0xd100_0000;
+/// The IOAPIC's pins of memory-mapped devices. Those below are a PC's.
+pub const DEVICE_PINS: RangeInclusive<u8> = 24..=PIN_COUNT - 1;
 /// The IOAPIC's registers.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// The local APICs' registers.

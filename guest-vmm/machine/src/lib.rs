@@ -16,6 +16,7 @@ mod machine;
 pub mod memory;
 mod reset_vector;
 mod units;
+mod virtio;
 mod vp_inspect;
 mod vp_set;
 
@@ -24,4 +25,5 @@ pub use dump::{CoreDump, DumpError};
 pub use machine::{Machine, MachineConfig, MachineError, MachineView, VPS};
 pub use memory::host_memory_bytes;
 pub use units::InjectedFault;
+pub use virtio::PlaceError;
 pub use vp_set::{Halt, VpActivity, VpSet};

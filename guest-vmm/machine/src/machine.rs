@@ -7,7 +7,9 @@ use crate::debug::{DebugError, DebugHalt, Debugger, Target};
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryError, MemoryOptions};
 use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
+use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
+use devices::virtio::{IoThread, VirtioSpec};
 use devices::{SerialInput, SerialOutput};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
@@ -48,6 +50,8 @@ pub struct MachineConfig {
     pub memory: MemoryOptions,
     /// What it boots.
     pub boot: BootFiles,
+    /// Its virtio devices, in the order in which a guest finds them. No two have the same name, nor one of the board's.
+    pub devices: Vec<VirtioSpec>,
     /// A fault to inject, for tests.
     pub inject: Option<InjectedFault>,
 }
@@ -63,6 +67,7 @@ impl MachineConfig {
             memory_bytes,
             memory: MemoryOptions::default(),
             boot,
+            devices: Vec::new(),
             inject: None,
         }
     }
@@ -80,6 +85,15 @@ pub enum MachineError {
     /// The kernel or initrd cannot be loaded.
     #[error(transparent)]
     Boot(BootError),
+    /// A virtio device has no place, or no thread to work on.
+    #[error("the device {name} cannot be made")]
+    Device {
+        /// The device.
+        name: String,
+        /// What it lacks.
+        #[source]
+        source: PlaceError,
+    },
     /// Two devices want the same place.
     #[error(transparent)]
     Overlap(BusError),
@@ -106,7 +120,8 @@ pub struct Machine {
     view: Arc<MachineView>,
     input: SerialInput,
     tasks: Vec<JoinHandle<()>>,
-    // In the order in which they are given back: no mapping goes away under a partition.
+    // In the order in which they are given back: no mapping goes away under a worker or a partition.
+    io: Option<IoThread>,
     partition: Arc<dyn Partition>,
     memory: Arc<GuestMemory>,
 }
@@ -178,6 +193,8 @@ struct Foundation<B> {
     board: Board,
     devices: Vec<Placed>,
     bus: Bus,
+    /// Where the workers of virtio devices run, if there are any.
+    io: Option<IoThread>,
 }
 
 impl Machine {
@@ -199,7 +216,7 @@ impl Machine {
         let affinity = std::mem::take(&mut config.affinity);
         let lay =
             tokio::task::spawn_blocking(move || lay_foundation(&hypervisor, config, output, &cancelled));
-        let Foundation { memory, image, loaded, partition, board, devices, bus } =
+        let Foundation { memory, image, loaded, partition, board, devices, bus, io } =
             lay.await.map_err(|_| MachineError::Panicked)??;
         let shared = partition.partition.clone();
         let vps = VpSet::bind(partition, affinity, Arc::new(bus), halts, loaded.vp).await;
@@ -225,7 +242,7 @@ impl Machine {
         let (partition, units_view) = (Arc::downgrade(&shared), units.inspector());
         let view = Arc::new(MachineView { vps, partition, units: units_view, target: Arc::new(target) });
         let input = SerialInput::new(&board.serial);
-        Ok(Self { units, handles, view, input, tasks, partition: shared, memory })
+        Ok(Self { units, handles, view, input, tasks, io, partition: shared, memory })
     }
 
     /// The machine to look at.
@@ -291,7 +308,7 @@ impl Machine {
 
     /// Joins the VPs, removes the units and gives everything back.
     pub async fn destroy(self) {
-        let Self { units, handles, view, input: _, tasks, partition, memory } = self;
+        let Self { units, handles, view, input: _, tasks, io, partition, memory } = self;
         view.vps.shutdown().await;
         drop(units);
         drop(handles);
@@ -303,6 +320,7 @@ impl Machine {
         }
         // Closing a partition and unmapping its memory take their time.
         let closed = tokio::task::spawn_blocking(move || {
+            drop(io);
             drop(partition);
             drop(memory);
         });
@@ -331,12 +349,13 @@ fn lay_foundation<H: Hypervisor>(
     go_on()?;
     let board = Board::new(partition.partition.clone(), output);
     let mut devices = board.devices();
+    let io = virtio::add(config.devices, &memory, &*partition.partition, &board.ioapic, &mut devices)?;
     let bus = build_bus(&board, &devices)?;
     let nodes = devices.iter_mut().filter_map(|placed| placed.acpi.take()).collect();
     let image = BootImage { files: config.boot, vps: config.vps, devices: nodes };
     let loaded = image.load(&memory).map_err(MachineError::Boot)?;
     go_on()?;
-    Ok(Foundation { memory, image, loaded, partition, board, devices, bus })
+    Ok(Foundation { memory, image, loaded, partition, board, devices, bus, io })
 }
 
 fn build_bus(board: &Board, devices: &[Placed]) -> Result<Bus, MachineError> {
@@ -344,6 +363,7 @@ fn build_bus(board: &Board, devices: &[Placed]) -> Result<Bus, MachineError> {
     for Placed { name, window, device, .. } in devices {
         match *window {
             Window::Ports(base, count) => builder.ports(name, base, count, device.clone()),
+            Window::Memory(base, bytes) => builder.mmio(name, base, bytes, device.clone()),
             Window::Bus => Ok(()),
         }
         .map_err(MachineError::Overlap)?;
@@ -357,17 +377,17 @@ struct Assembly {
     units: StateUnits,
     handles: Vec<UnitHandle>,
     tasks: Vec<JoinHandle<()>>,
-    places: HashMap<&'static str, usize>,
+    places: HashMap<String, usize>,
 }
 
 impl Assembly {
-    fn add(&mut self, name: &'static str, part: impl Part, uses: &[&str]) -> Result<(), MachineError> {
-        let dependencies = uses.iter().map(|name| self.places[name]);
+    fn add(&mut self, name: &str, part: impl Part, uses: &[&str]) -> Result<(), MachineError> {
+        let dependencies = uses.iter().map(|name| self.places[*name]);
         let builder =
             dependencies.fold(self.units.add(name), |builder, at| builder.depends_on(&self.handles[at]));
         let (handle, requests) = builder.build().map_err(MachineError::Unit)?;
         self.tasks.push(tokio::spawn(async move { drop(run_unit(PartUnit(part), requests).await) }));
-        self.places.insert(name, self.handles.len());
+        self.places.insert(name.to_owned(), self.handles.len());
         self.handles.push(handle);
         Ok(())
     }
@@ -376,12 +396,12 @@ impl Assembly {
     fn add_devices(&mut self, devices: &[Placed], below: &[&str]) -> Result<(), MachineError> {
         devices.iter().try_for_each(|placed| {
             let uses: Vec<&str> = below.iter().chain(placed.uses).copied().collect();
-            self.add(placed.name, DevicePart(placed.device.clone()), &uses)
+            self.add(&placed.name, DevicePart(placed.device.clone()), &uses)
         })
     }
 
     /// A unit that runs only while all the others do.
-    fn add_after_all(&mut self, name: &'static str, part: impl Part) -> Result<(), MachineError> {
+    fn add_after_all(&mut self, name: &str, part: impl Part) -> Result<(), MachineError> {
         let all: Vec<String> = self.handles.iter().map(|handle| handle.name().to_owned()).collect();
         let names: Vec<&str> = all.iter().map(String::as_str).collect();
         self.add(name, part, &names)

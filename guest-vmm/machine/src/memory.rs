@@ -10,6 +10,7 @@
 #![expect(unsafe_code, reason = "mapping at a chosen address")]
 
 use crate::layout::{self, PAGE_BYTES};
+use devices::virtio::GuestRam;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
 };
@@ -234,6 +235,10 @@ impl GuestMemory {
         Ok(())
     }
 
+    fn page_bytes(&self) -> u64 {
+        if self.options.huge_pages { HUGE_PAGE_BYTES } else { PAGE_BYTES }
+    }
+
     fn fill(&self) -> Result<(), MemoryError> {
         if self.options.huge_pages {
             // Without NORESERVE, so that a pool with too few pages fails here and not in the guest.
@@ -285,6 +290,22 @@ impl GuestMemory {
     }
 }
 
+impl GuestRam for GuestMemory {
+    fn view(&self) -> &GuestMemoryMmap {
+        self.view()
+    }
+
+    fn discard(&self, start: GuestAddress, bytes: u64) -> io::Result<()> {
+        let whole = [start.0, bytes].iter().all(|value| value.is_multiple_of(self.page_bytes()));
+        let Some(offset) = file_offset(self.bytes, start.0, bytes).filter(|_| whole && bytes > 0) else {
+            let text = format!("{bytes:#x} bytes at {:#x} are not whole pages of memory", start.0);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        };
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(&self.file, punch, offset, bytes)?)
+    }
+}
+
 impl Drop for GuestMemory {
     fn drop(&mut self) {
         self.view = None;
@@ -297,6 +318,19 @@ impl Drop for GuestMemory {
             );
         }
     }
+}
+
+/// Where guest physical addresses are in the memfd of so much memory, if all of them are memory.
+fn file_offset(memory_bytes: u64, start: u64, bytes: u64) -> Option<u64> {
+    let end = start.checked_add(bytes)?;
+    let mut offset = 0;
+    for range in layout::memory_ranges(memory_bytes) {
+        if range.start <= start && end <= range.end {
+            return Some(offset + start - range.start);
+        }
+        offset += range.end - range.start;
+    }
+    None
 }
 
 fn checked_size(bytes: u64, options: MemoryOptions) -> Result<u64, MemoryError> {
@@ -356,6 +390,35 @@ mod tests {
 
     fn memory(bytes: u64) -> GuestMemory {
         GuestMemory::new(bytes, MemoryOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn discarded_pages_go_back_to_the_host_and_read_as_zeros() {
+        let memory = memory(4 * MIB);
+        memory.view().write_slice(&[7; 3 * 4096], GuestAddress(0x10_0000)).unwrap();
+        let before = allocated_bytes(&memory);
+        memory.discard(GuestAddress(0x10_1000), 4096).unwrap();
+        assert_eq!(allocated_bytes(&memory), before - 4096);
+        let byte = |at| memory.view().read_obj::<u8>(GuestAddress(at)).unwrap();
+        assert_eq!([byte(0x10_0fff), byte(0x10_1000), byte(0x10_1fff), byte(0x10_2000)], [7, 0, 0, 7]);
+        for (start, bytes) in [
+            (0x800, 4096),
+            (0, 100),
+            (0, 0),
+            (4 * MIB, 4096),
+            (4 * MIB - 4096, 8192),
+            (u64::MAX - 4095, 4096),
+        ] {
+            assert!(memory.discard(GuestAddress(start), bytes).is_err(), "{bytes:#x} at {start:#x}");
+        }
+    }
+
+    #[test]
+    fn memory_above_the_hole_is_behind_that_below_in_the_file() {
+        assert_eq!(file_offset(MIB, 0, MIB), Some(0));
+        assert_eq!(file_offset(MIB, layout::HIGH_MEMORY, 4096), None);
+        assert_eq!(file_offset(5 * GIB, 4 * GIB + 8192, 4096), Some(3 * GIB + 8192));
+        assert_eq!(file_offset(5 * GIB, 3 * GIB - 4096, 8192), None, "into the hole");
     }
 
     fn allocated_bytes(memory: &GuestMemory) -> u64 {

@@ -28,8 +28,8 @@ mod thread;
 pub use debug::{AccessKind, DebugCapabilities, DebugState, HardwareBreakpoint};
 pub use io::{CpuIo, PowerRequest};
 pub use partition::{
-    BindProcessor, Hypervisor, MsiRequest, NewPartition, Partition, PartitionConfig, PartitionError,
-    TimePolicy,
+    BindProcessor, EventFds, Hypervisor, MsiRequest, NewPartition, Partition, PartitionConfig,
+    PartitionError, TimePolicy,
 };
 pub use state::{
     AccessPartitionState, AccessVpState, Clock, Cpuid, CpuidLeaf, CpuidMask, DebugRegisters,

@@ -1,6 +1,7 @@
 //! The hypervisor, and the partition it builds for one guest.
 
 use crate::{CpuidMask, DebugCapabilities, ErasedPartitionState, NotSupported, Processor, VpIndex, Vtl};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
@@ -124,6 +125,17 @@ pub trait BindProcessor: Send + 'static {
     fn bind(self) -> Result<Self::Processor, PartitionError>;
 }
 
+/// Eventfds (eventfd(2)) that stand for accesses of the guest's and for interrupts. Each holds for the partition's whole life, which
+/// keeps the descriptor. May be called from any thread.
+pub trait EventFds: Send + Sync {
+    /// Counts `bell` up when a VP writes these 32 bits at a guest physical address, instead of calling
+    /// [`CpuIo::write_mmio`](crate::CpuIo::write_mmio).
+    fn add_doorbell(&self, address: u64, value: u32, bell: BorrowedFd<'_>) -> Result<(), PartitionError>;
+
+    /// Sends, whenever `trigger` is counted up, what the IOAPIC's pin sends; nothing while that is nothing.
+    fn add_irqfd(&self, pin: u8, trigger: BorrowedFd<'_>) -> Result<(), PartitionError>;
+}
+
 /// The parts of a partition that all of the VMM shares. May be called from any thread.
 pub trait Partition: Send + Sync {
     /// Asks a VP to leave the guest soon, so that its thread can look at what else there is to do.
@@ -137,6 +149,12 @@ pub trait Partition: Send + Sync {
     /// Says what the IOAPIC's pin sends when it is asserted, or that it sends nothing, so that the local APICs report the
     /// end of level-triggered interrupts through [`crate::CpuIo::handle_eoi`].
     fn set_irq_route(&self, pin: u8, request: Option<MsiRequest>) -> Result<(), PartitionError>;
+
+    /// What takes doorbells out of the guest, and interrupts into it, without a thread of the VMM's in between; `None` if this
+    /// hypervisor has no such thing.
+    fn event_fds(&self) -> Option<&dyn EventFds> {
+        None
+    }
 
     /// Sends a VP a non-maskable interrupt, as a front panel's button does: also if its local APIC is switched off. A VP that is
     /// stopped takes it when it runs.

@@ -26,6 +26,8 @@ fn every_root_is_listed_by_its_name() {
         "devices.ioapic.IoApicState",
         "devices.rtc.RtcState",
         "devices.serial.SerialPortState",
+        "devices.virtio.VirtioState",
+        "devices.vsock.VsockState",
         "processor.partition.PartitionState",
         "processor.vp.VpSetState",
         "save_restore.NoSavedState",
@@ -37,7 +39,13 @@ fn every_root_is_listed_by_its_name() {
 fn state_is_described_with_the_names_of_its_fields() {
     assert_eq!(describe(&NoSavedState {}), "");
     assert_eq!(describe(&I8042State { port_b: 0 }), "port_b: 0");
-    let ioapic = IoApicState { select: 0x10, id: 1 << 24, entries: vec![1 << 16, 0x31], asserted: 2 };
+    let ioapic = IoApicState {
+        select: 0x10,
+        id: 1 << 24,
+        entries: vec![1 << 16, 0x31],
+        asserted: 2,
+        asserted_high: 0,
+    };
     assert_eq!(describe(&ioapic), "select: 16\nid: 16777216\nentries: [65536, 49]\nasserted: 2");
     let rtc = RtcState { index: 0x0b, ram: vec![0, 0x26], offset_seconds: -3600, acknowledged_seconds: 9 };
     let expected = "index: 11\nram: \"\\000&\"\noffset_seconds: -3600\nacknowledged_seconds: 9";

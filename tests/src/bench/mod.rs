@@ -22,7 +22,9 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use futures::future::LocalBoxFuture;
-use guest_client::{Callback, GuestConfig, Host, Launched, Lifecycle, MemoryConfig, OnReset, VpAffinity};
+use guest_client::{
+    Callback, DevicesConfig, GuestConfig, Host, Launched, Lifecycle, MemoryConfig, OnReset, VpAffinity,
+};
 use guest_client::{SerialChunk, SerialOutput};
 use tokio::sync::mpsc;
 
@@ -132,6 +134,7 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         memory: MemoryConfig::of_bytes(MEMORY_BYTES),
         on_reset: OnReset::Stop,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     })
 }

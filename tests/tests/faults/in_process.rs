@@ -9,7 +9,9 @@ use std::thread::JoinHandle;
 
 use anyhow::anyhow;
 use guest_schema::guest_capnp::{guest_lifecycle, observer};
-use guest_schema::{Failure, FileSource, GuestConfig, MemoryConfig, OnReset, Phase, VpAffinity};
+use guest_schema::{
+    DevicesConfig, Failure, FileSource, GuestConfig, MemoryConfig, OnReset, Phase, VpAffinity,
+};
 use guest_tests::bare::{Bare, sink};
 use guest_tests::console::Console;
 use guest_tests::process::{Process, Stdin};
@@ -85,6 +87,7 @@ fn config(kernel: u64) -> GuestConfig {
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     }
 }

@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 
 use guest_schema::config_capnp::{KernelType, OnReset, guest_config};
 use guest_schema::guest_capnp::guest_lifecycle::create_params;
-use guest_schema::{CpuidMask, Failure, FileSource, GuestConfig, GuestError, MemoryConfig, VpAffinity};
+use guest_schema::{
+    CpuidMask, DevicesConfig, Failure, FileSource, GuestConfig, GuestError, MemoryConfig, VpAffinity,
+};
 use guest_tests::bare::Bare;
 use guest_tests::requirements::trial;
 use guest_tests::stage::{
@@ -50,6 +52,7 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: guest_schema::OnReset::Restart,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     }
 }
@@ -315,7 +318,6 @@ async fn what_is_not_supported_is_listed() -> Story {
         "block: not supported",
         "net: not supported",
         "console: not supported",
-        "rng: not supported",
         "vsock: not supported",
         "balloon: not supported",
         "mem: not supported",
@@ -347,7 +349,6 @@ fn everything(mut config: guest_config::Builder<'_>) {
     config.reborrow().init_mem().set_block_bytes(1 << 21);
     config.reborrow().init_units(1).get(0).set_id("unit");
     config.set_console(true);
-    config.set_rng(true);
     config.set_balloon(true);
     config.set_gpu(true);
     config.set_sound(true);

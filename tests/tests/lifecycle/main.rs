@@ -12,7 +12,8 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use guest_client::ClientError;
 use guest_schema::{
-    FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpAffinity, VpState,
+    DevicesConfig, FileSource, GuestConfig, GuestError, MemoryConfig, OnReset, Outcome, Phase, VpAffinity,
+    VpState,
 };
 use guest_tests::console::Console;
 use guest_tests::requirements::{Requirement, run, trial};
@@ -348,6 +349,7 @@ async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
         memory: MemoryConfig::of_bytes(0),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     };
     let (code, detail) = refused(player.lifecycle.create(&bad).await)?;
@@ -387,6 +389,7 @@ fn endless_config() -> GuestConfig {
         memory: MemoryConfig::of_bytes(16 << 20),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     }
 }

@@ -9,8 +9,8 @@ use crate::out::Out;
 use crate::run::{builtin_guest, in_memory};
 use crate::service::{self, Launcher};
 use guest_client::{
-    Control, Exit, FileSource, Guest, GuestConfig, GuestError, GuestState, Launched, Lifecycle, MemoryConfig,
-    OnReset, VpAffinity,
+    Control, DevicesConfig, Exit, FileSource, Guest, GuestConfig, GuestError, GuestState, Launched,
+    Lifecycle, MemoryConfig, OnReset, VpAffinity,
 };
 use paper::{Expected, Paper, in_words};
 use serial::Serial;
@@ -255,6 +255,7 @@ fn config(kernel: Option<FileSource>) -> GuestConfig {
         memory: MemoryConfig::of_bytes(MEMORY),
         on_reset: OnReset::Restart,
         units: Vec::new(),
+        devices: DevicesConfig::default(),
         catch_up_time: false,
     }
 }

@@ -139,7 +139,11 @@ fn a_reset_begins_time_anew_and_a_scrub_does_not() {
     guest.partition.stop_time().unwrap();
     let hour = Clock { elapsed: Duration::from_secs(3600), host_time: Duration::ZERO };
     guest.partition.access_state().set_clock(&hour).unwrap();
-    guest.partition.access_state().set_irq_routes(&IrqRoutes([Some(MsiRequest::nmi(VP)); 24])).unwrap();
+    guest
+        .partition
+        .access_state()
+        .set_irq_routes(&IrqRoutes([Some(MsiRequest::nmi(VP)); processor::IOAPIC_PINS]))
+        .unwrap();
     guest.partition.scrub(Vtl::Vtl0).unwrap();
     block_on(guest.vps[0].scrub(Vtl::Vtl0)).unwrap();
     let scrubbed = PartitionState::save(&mut *guest.partition.access_state()).unwrap();

@@ -105,12 +105,18 @@ state_table! {
     2 IrqRoutes irq_routes set_irq_routes: IrqRoutes,
 }
 
-/// How many pins the IOAPIC has.
-pub const IOAPIC_PINS: usize = 24;
+/// How many pins the IOAPIC has: 24 of a PC, and one for each virtio device that a guest can have.
+pub const IOAPIC_PINS: usize = 96;
 
 /// What each of the IOAPIC's pins sends, if it sends anything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IrqRoutes(pub [Option<MsiRequest>; IOAPIC_PINS]);
+
+impl Default for IrqRoutes {
+    fn default() -> Self {
+        Self([None; IOAPIC_PINS])
+    }
+}
 
 impl Inspect for IrqRoutes {
     fn inspect(&self, request: Request<'_>) {

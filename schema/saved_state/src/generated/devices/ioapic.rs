@@ -8,13 +8,16 @@ pub struct IoApicState {
     /// The identification register (IOAPICID): the id in bits 24 to 27, the other bits zero.
     #[prost(uint32, tag = "2")]
     pub id: u32,
-    /// The redirection table (IOREDTBL), the entry of pin 0 first; 24 entries, remote IRR included, which
+    /// The redirection table (IOREDTBL), the entry of pin 0 first; 96 entries, remote IRR included, which
     /// only level-triggered pins can have. Delivery status and the reserved bits are zero.
     #[prost(fixed64, repeated, tag = "3")]
     pub entries: ::prost::alloc::vec::Vec<u64>,
-    /// The lines that are asserted: bit n is pin n. Bits 24 to 31 are zero.
+    /// The lines of pins 0 to 31 that are asserted: bit n is pin n.
     #[prost(fixed32, tag = "4")]
     pub asserted: u32,
+    /// The lines of pins 32 to 95 that are asserted: bit n is pin 32 + n.
+    #[prost(fixed64, tag = "5")]
+    pub asserted_high: u64,
 }
 impl ::prost::Name for IoApicState {
     const NAME: &'static str = "IoApicState";

@@ -80,7 +80,7 @@ impl ::prost::Name for IrqRoutes {
 /// What one pin sends: a message-signalled interrupt (Intel SDM volume 3, section 11.11).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IrqRoute {
-    /// 0 to 23.
+    /// 0 to 95.
     #[prost(uint32, tag = "1")]
     pub pin: u32,
     /// The address, 0xfeexxxxx.

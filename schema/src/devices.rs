@@ -1,0 +1,48 @@
+//! The devices of a config that a guest has only if they are asked for.
+
+use crate::config_capnp as wire;
+use crate::{ConfigFault, config::not_supported};
+
+/// The devices of a guest, beside those of the board. None, unless asked for.
+#[derive(Debug, Clone, Default)]
+pub struct DevicesConfig {
+    /// The entropy device.
+    pub rng: bool,
+}
+
+impl DevicesConfig {
+    /// Reads what a config asks for.
+    pub(crate) fn read(
+        reader: wire::guest_config::Reader<'_>,
+        faults: &mut Vec<ConfigFault>,
+    ) -> capnp::Result<Self> {
+        read_unsupported(reader, faults)?;
+        Ok(Self { rng: reader.get_rng() })
+    }
+
+    /// Writes it into a config.
+    pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
+        let Self { rng } = self;
+        builder.set_rng(*rng);
+    }
+}
+
+fn read_unsupported(
+    reader: wire::guest_config::Reader<'_>,
+    faults: &mut Vec<ConfigFault>,
+) -> capnp::Result<()> {
+    let asked_for = [
+        ("block", !reader.get_block()?.is_empty()),
+        ("net", !reader.get_net()?.is_empty()),
+        ("console", reader.get_console()),
+        ("vsock", reader.has_vsock()),
+        ("balloon", reader.get_balloon()),
+        ("mem", reader.has_mem()),
+        ("gpu", reader.get_gpu()),
+        ("sound", reader.get_sound()),
+        ("wayland", reader.get_wayland()),
+        ("magma", reader.get_magma()),
+    ];
+    faults.extend(asked_for.iter().filter(|(_, asked)| *asked).map(|(field, _)| not_supported(field)));
+    Ok(())
+}
