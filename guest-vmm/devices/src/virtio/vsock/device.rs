@@ -117,7 +117,8 @@ impl Inspect for Vsock {
         response.child("listeners", |request| {
             let mut response = request.respond();
             for (port, waiting) in engine.listening() {
-                response.child(&port.to_string(), |request| {
+                let name = port.map_or("unclaimed".to_owned(), |port| port.to_string());
+                response.child(&name, |request| {
                     request.respond().field("waiting_requests", &(waiting as u64));
                 });
             }

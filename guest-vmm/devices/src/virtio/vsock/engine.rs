@@ -5,7 +5,7 @@
 
 use super::connection::{Connection, End, State, Violation};
 use super::packet::{GUEST_CID, HOST_CID, Header, Op, PortPair, SHUTDOWN_BOTH, TYPE_STREAM};
-use super::ports::{BACKLOG, EPHEMERAL, Listener, PortError, PortsInUse, Quarantine};
+use super::ports::{BACKLOG, EPHEMERAL, Listener, MAX_LISTENERS, PortError, PortsInUse, Quarantine};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -68,7 +68,8 @@ pub struct VsockCounters {
 pub(super) struct Engine {
     limits: VsockLimits,
     connections: HashMap<PortPair, Connection>,
-    listeners: HashMap<u32, Listener>,
+    /// By port; the one without a port has all others.
+    listeners: HashMap<Option<u32>, Listener>,
     ports: PortsInUse,
     quarantine: Quarantine,
     deadlines: BTreeSet<(Instant, PortPair)>,
@@ -106,7 +107,7 @@ impl Engine {
         self.connections.iter()
     }
 
-    pub fn listening(&self) -> impl Iterator<Item = (u32, usize)> {
+    pub fn listening(&self) -> impl Iterator<Item = (Option<u32>, usize)> {
         self.listeners.iter().map(|(port, listener)| (*port, listener.backlog.len()))
     }
 
@@ -222,8 +223,10 @@ impl Engine {
                 connection.forgive_reset();
             }
         });
-        if let Some(listener) = self.listeners.get_mut(&pair.host) {
-            listener.backlog.retain(|waiting| *waiting != pair);
+        for port in [Some(pair.host), None] {
+            if let Some(listener) = self.listeners.get_mut(&port) {
+                listener.backlog.retain(|waiting| *waiting != pair);
+            }
         }
     }
 
@@ -283,7 +286,8 @@ impl Engine {
     /// A packet of no connection: a request, or nothing that makes sense.
     fn receive_first(&mut self, header: &Header, pair: PortPair, op: Option<Op>, now: Instant) {
         let full = self.connections.len() >= self.limits.connections;
-        let waiting = self.listeners.get(&pair.host).map(|listener| listener.backlog.len());
+        let port = Some(pair.host).filter(|port| self.listeners.contains_key(&Some(*port)));
+        let waiting = self.listeners.get(&port).map(|listener| listener.backlog.len());
         let is_fresh = header.len == 0 && header.fwd_cnt == 0;
         let welcome = waiting.is_some_and(|count| count < BACKLOG) && !full && is_fresh;
         if op != Some(Op::Request) || !welcome || self.quarantine.contains(pair, now) {
@@ -292,7 +296,7 @@ impl Engine {
         self.open(pair, State::Requested);
         self.change(pair, |connection| connection.take_credit(header));
         self.expect_answer(pair, now);
-        if let Some(listener) = self.listeners.get_mut(&pair.host) {
+        if let Some(listener) = self.listeners.get_mut(&port) {
             listener.backlog.push_back(pair);
             listener.wake();
         }
@@ -450,20 +454,23 @@ impl Stray {
 
 /// The host's side.
 impl Engine {
-    /// Listens on a port.
-    pub fn listen(&mut self, port: u32) -> Result<(), PortError> {
+    /// Listens on a port, or on all that nobody else listens on.
+    pub fn listen(&mut self, port: Option<u32>) -> Result<(), PortError> {
         if self.gone {
             return Err(PortError::Gone);
         }
-        if self.listeners.contains_key(&port) || self.ports.contains(port) {
-            return Err(PortError::AlreadyBound(port));
+        if self.listeners.contains_key(&port) || port.is_some_and(|port| self.ports.contains(port)) {
+            return Err(port.map_or(PortError::AllBound, PortError::AlreadyBound));
+        }
+        if self.listeners.len() >= MAX_LISTENERS {
+            return Err(PortError::TooManyListeners);
         }
         self.listeners.insert(port, Listener::default());
         Ok(())
     }
 
     /// No longer listens: what waits is refused.
-    pub fn unlisten(&mut self, port: u32) {
+    pub fn unlisten(&mut self, port: Option<u32>) {
         let listener = self.listeners.remove(&port);
         for pair in listener.into_iter().flat_map(|listener| listener.backlog) {
             self.end(pair, End::Refused, true);
@@ -471,7 +478,11 @@ impl Engine {
     }
 
     /// The next request of the guest's, now the caller's to accept or to let go of; none once the device is gone.
-    pub fn poll_request(&mut self, port: u32, context: &Context<'_>) -> Poll<Option<PortPair>> {
+    pub fn poll_request(
+        &mut self,
+        port: Option<u32>,
+        context: &Context<'_>,
+    ) -> Poll<Option<PortPair>> {
         let Some(listener) = self.listeners.get_mut(&port).filter(|_| !self.gone) else {
             return Poll::Ready(None);
         };
@@ -509,7 +520,7 @@ impl Engine {
         }
         let (quarantined, listeners) = (self.quarantine.at(now), &self.listeners);
         let is_free =
-            |host| !listeners.contains_key(&host) && !quarantined.contains(&PortPair { guest, host });
+            |host| !listeners.contains_key(&Some(host)) && !quarantined.contains(&PortPair { guest, host });
         let connections = self.connections.len();
         let host = if connections < self.limits.connections { self.ports.ephemeral(is_free) } else { None };
         let pair = PortPair { guest, host: host.ok_or(PortError::NoResources { connections })? };

@@ -54,6 +54,18 @@ impl VsockHost {
     /// # Errors
     /// [`PortError::AlreadyBound`] if somebody listens there, or a connection still has the port.
     pub fn listen(&self, port: u32) -> Result<VsockListener, PortError> {
+        self.listen_on(Some(port))
+    }
+
+    /// Listens on all ports on which nobody else listens.
+    ///
+    /// # Errors
+    /// [`PortError::AllBound`] if somebody does so.
+    pub fn listen_unclaimed(&self) -> Result<VsockListener, PortError> {
+        self.listen_on(None)
+    }
+
+    fn listen_on(&self, port: Option<u32>) -> Result<VsockListener, PortError> {
         self.0.act(|engine| engine.listen(port))?;
         Ok(VsockListener { shared: self.0.clone(), port })
     }
@@ -81,15 +93,11 @@ impl VsockHost {
 #[derive(Debug)]
 pub struct VsockListener {
     shared: Arc<Shared>,
-    port: u32,
+    /// None for all that nobody else has.
+    port: Option<u32>,
 }
 
 impl VsockListener {
-    /// The port.
-    pub fn port(&self) -> u32 {
-        self.port
-    }
-
     /// The guest's next request; none once the device is gone. For one caller at a time. May be cancelled at any time.
     pub async fn next(&self) -> Option<VsockRequest> {
         let poll = |context: &mut Context<'_>| {

@@ -26,4 +26,4 @@ pub use device::{Vsock, VsockWorker};
 pub use engine::{ANSWER, MAX_PAYLOAD, VsockCounters, VsockLimits};
 pub use host::{VsockHost, VsockListener, VsockPending, VsockReader, VsockRequest, VsockStream, VsockWriter};
 pub use packet::{GUEST_CID, HEADER_BYTES, HOST_CID, Header, Op, PortPair};
-pub use ports::{EPHEMERAL, PortError, QUARANTINE};
+pub use ports::{EPHEMERAL, MAX_LISTENERS, PortError, QUARANTINE};

@@ -18,12 +18,21 @@ const MAX_QUARANTINED: usize = 16 << 10;
 /// How many requests of the guest's one listener may leave unanswered; others are refused.
 pub(super) const BACKLOG: usize = 128;
 
+/// The most ports on which the host may listen at once.
+pub const MAX_LISTENERS: usize = 1024;
+
 /// Why the host cannot listen or connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PortError {
     /// Somebody listens on the port, or a connection has it.
     #[error("port {0} is in use")]
     AlreadyBound(u32),
+    /// Somebody listens on the ports that nobody else listens on.
+    #[error("the ports that nobody listens on are in use")]
+    AllBound,
+    /// [`MAX_LISTENERS`].
+    #[error("there are {MAX_LISTENERS} listeners")]
+    TooManyListeners,
     /// There are as many connections as there may be, or no ephemeral port is free.
     #[error("there are {connections} connections, and no more ports or room for another")]
     NoResources {

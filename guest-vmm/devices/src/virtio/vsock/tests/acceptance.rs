@@ -6,46 +6,46 @@ use super::*;
 
 fn listening() -> Bench {
     let mut bench = Bench::new();
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     bench
 }
 
 #[test]
 fn listen_unlisten_and_listen_again() {
     let mut bench = listening();
-    bench.engine.unlisten(PORT);
+    bench.engine.unlisten(Some(PORT));
     bench.take(PAIR, Op::Request);
     assert_eq!(bench.all_sent(), [(Op::Rst, PAIR)], "nobody listens");
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     bench.connected_from_guest(PAIR);
 }
 
 #[test]
 fn two_listeners_on_a_port_are_one_too_many() {
     let mut bench = listening();
-    assert_eq!(bench.engine.listen(PORT), Err(PortError::AlreadyBound(PORT)));
-    bench.engine.listen(PORT + 1).unwrap();
+    assert_eq!(bench.engine.listen(Some(PORT)), Err(PortError::AlreadyBound(PORT)));
+    bench.engine.listen(Some(PORT + 1)).unwrap();
 }
 
 #[test]
 fn a_port_stays_active_while_its_connections_live() {
     let mut bench = listening();
     bench.connected_from_guest(PAIR);
-    bench.engine.unlisten(PORT);
-    assert_eq!(bench.engine.listen(PORT), Err(PortError::AlreadyBound(PORT)));
+    bench.engine.unlisten(Some(PORT));
+    assert_eq!(bench.engine.listen(Some(PORT)), Err(PortError::AlreadyBound(PORT)));
     bench.take_bytes(PAIR, b"still here");
     assert_eq!(bench.read(PAIR), Poll::Ready(Ok(b"still here".to_vec())));
     bench.close_cleanly(PAIR);
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
 }
 
 #[test]
 fn what_waits_for_a_listener_that_goes_is_refused() {
     let mut bench = listening();
     bench.take(PAIR, Op::Request);
-    bench.engine.unlisten(PORT);
+    bench.engine.unlisten(Some(PORT));
     assert_eq!(bench.all_sent(), [(Op::Rst, PAIR)]);
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     assert_eq!(bench.request(PORT), None);
     bench.connected_from_guest(PAIR);
 }
@@ -122,7 +122,7 @@ fn the_hosts_own_reset_quarantines_too() {
 #[test]
 fn ephemeral_ports_run_out_and_come_back() {
     let mut bench = Bench::with(VsockLimits { ephemeral: 60000..=60002, ..VsockLimits::default() });
-    bench.engine.listen(60001).unwrap();
+    bench.engine.listen(Some(60001)).unwrap();
     let first = bench.connected_from_host(80);
     let second = bench.connected_from_host(80);
     assert_eq!([first.host, second.host], [60000, 60002]);
@@ -150,7 +150,7 @@ impl Bench {
 #[test]
 fn connections_are_counted() {
     let mut bench = Bench::with(VsockLimits { connections: 2, ..VsockLimits::default() });
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     bench.connected_from_guest(PAIR);
     bench.connected_from_host(80);
     assert_eq!(bench.engine.connect(80, bench.now), Err(PortError::NoResources { connections: 2 }));
@@ -332,4 +332,20 @@ fn hundreds_of_connections_take_turns() {
         assert_eq!(turn, (0..500).collect::<Vec<_>>());
     }
     assert!(bench.sent().is_none());
+}
+
+#[test]
+fn ports_that_nobody_claims_go_to_one_listener() {
+    let mut bench = listening();
+    bench.engine.listen(None).unwrap();
+    assert_eq!(bench.engine.listen(None), Err(PortError::AllBound));
+    let other = PortPair { guest: 1, host: 9 };
+    bench.take(other, Op::Request);
+    bench.take(PAIR, Op::Request);
+    assert_eq!(bench.request(PORT), Some(PAIR));
+    assert_eq!(bench.engine.poll_request(None, &context()), Poll::Ready(Some(other)));
+    bench.engine.accept(other).unwrap();
+    bench.take(PortPair { guest: 2, host: 9 }, Op::Request);
+    bench.engine.unlisten(None);
+    assert_eq!(bench.all_sent(), [(Op::Response, other), (Op::Rst, PortPair { guest: 2, host: 9 })]);
 }

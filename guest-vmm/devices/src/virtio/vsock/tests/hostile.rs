@@ -9,7 +9,7 @@ const OTHER: PortPair = PortPair { guest: 1, host: PORT };
 /// Two connections, one of which is to live.
 fn two() -> Bench {
     let mut bench = Bench::new();
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     bench.connected_from_guest(OTHER);
     bench.connected_from_guest(PAIR);
     bench
@@ -119,7 +119,7 @@ fn a_guest_that_takes_no_answers_has_its_packets_left_where_they_are() {
 #[test]
 fn requests_beyond_the_backlog_are_refused() {
     let mut bench = Bench::new();
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     for guest in 0..=128 {
         bench.take(PortPair { guest, ..PAIR }, Op::Request);
     }
@@ -129,7 +129,7 @@ fn requests_beyond_the_backlog_are_refused() {
 #[test]
 fn turns_of_what_has_ended_are_not_kept() {
     let mut bench = Bench::new();
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     for guest in 0..10_000 {
         let pair = PortPair { guest, ..PAIR };
         bench.take(pair, Op::Request);
@@ -146,7 +146,7 @@ fn turns_of_what_has_ended_are_not_kept() {
 #[test]
 fn a_guest_without_room_is_asked_once() {
     let mut bench = Bench::new();
-    bench.engine.listen(PORT).unwrap();
+    bench.engine.listen(Some(PORT)).unwrap();
     bench.engine.receive(&Header { buf_alloc: 0, ..packet(PAIR, Op::Request) }, &[], bench.now);
     assert_eq!(bench.request(PORT), Some(PAIR));
     bench.engine.accept(PAIR).unwrap();
@@ -182,7 +182,7 @@ fn random_packets_break_nothing() {
     let packets = prop::collection::vec((header, 0..4u8), 1..200);
     proptest!(|(packets in packets)| {
         let mut bench = Bench::with(VsockLimits { connections: 4, ephemeral: 60000..=60001, ..VsockLimits::default() });
-        bench.engine.listen(PORT).unwrap();
+        bench.engine.listen(Some(PORT)).unwrap();
         let mut held = Vec::new();
         for ((src_cid, dst_cid, src_port, dst_port, op, len, flags, buf_alloc, fwd_cnt), act) in packets {
             let payload = vec![0; len.min(1000) as usize];

@@ -82,7 +82,7 @@ impl Bench {
 
     /// The next request of the guest's on a port, if there is one.
     fn request(&mut self, port: u32) -> Option<PortPair> {
-        match self.engine.poll_request(port, &context()) {
+        match self.engine.poll_request(Some(port), &context()) {
             Poll::Ready(request) => Some(request.expect("somebody listens")),
             Poll::Pending => None,
         }

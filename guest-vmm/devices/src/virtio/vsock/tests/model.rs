@@ -61,7 +61,7 @@ impl World {
     fn new(windows: &[u32], own_window: u32) -> Self {
         let limits = VsockLimits { wide_window: own_window, ..VsockLimits::default() };
         let mut bench = Bench::with(limits);
-        bench.engine.listen(PORT).unwrap();
+        bench.engine.listen(Some(PORT)).unwrap();
         let mut guests = BTreeMap::new();
         for (port, window) in (0..).zip(windows) {
             let pair = PortPair { guest: port, host: PORT };
