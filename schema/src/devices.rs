@@ -1,6 +1,7 @@
 //! The devices of a config that a guest has only if they are asked for.
 
 use crate::config_capnp as wire;
+use crate::vsock::VsockConfig;
 use crate::{ConfigFault, config::not_supported};
 
 /// The devices of a guest, beside those of the board. None, unless asked for.
@@ -8,6 +9,8 @@ use crate::{ConfigFault, config::not_supported};
 pub struct DevicesConfig {
     /// The entropy device.
     pub rng: bool,
+    /// The vsock device.
+    pub vsock: Option<VsockConfig>,
 }
 
 impl DevicesConfig {
@@ -17,13 +20,20 @@ impl DevicesConfig {
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
-        Ok(Self { rng: reader.get_rng() })
+        let vsock = match reader.has_vsock() {
+            true => Some(VsockConfig::read(reader.get_vsock()?, faults)?),
+            false => None,
+        };
+        Ok(Self { rng: reader.get_rng(), vsock })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng } = self;
+        let Self { rng, vsock } = self;
         builder.set_rng(*rng);
+        if let Some(vsock) = vsock {
+            vsock.write(builder.init_vsock());
+        }
     }
 }
 
@@ -35,7 +45,6 @@ fn read_unsupported(
         ("block", !reader.get_block()?.is_empty()),
         ("net", !reader.get_net()?.is_empty()),
         ("console", reader.get_console()),
-        ("vsock", reader.has_vsock()),
         ("balloon", reader.get_balloon()),
         ("mem", reader.has_mem()),
         ("gpu", reader.get_gpu()),

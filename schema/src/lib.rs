@@ -14,6 +14,7 @@ mod generated;
 mod state;
 mod timeline;
 mod units;
+mod vsock;
 
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
@@ -28,6 +29,7 @@ pub use generated::*;
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};
 pub use timeline::{Event, EventKind, StepOutcome, Transition, TransitionEnd, UnitStep};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
+pub use vsock::VsockConfig;
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.
 pub const PROTOCOL: u32 = 1;
