@@ -1,5 +1,6 @@
 //! One guest as its holders see it. It outlives the VM: holders learn how the guest ended.
 
+use crate::devices::DeviceHandles;
 use crate::events::EventLog;
 use crate::serial::SerialLog;
 use crate::settings::Settings;
@@ -43,6 +44,7 @@ pub(crate) struct Guest {
     log: Arc<SerialLog>,
     events: Rc<EventLog>,
     settings: Settings,
+    devices: DeviceHandles,
     /// None once the VM is gone.
     live: RefCell<Option<Live>>,
     exit: watch::Sender<Option<Exit>>,
@@ -59,13 +61,20 @@ struct Live {
 }
 
 impl Guest {
-    pub fn new(log: Arc<SerialLog>, input: SerialInput, view: Arc<MachineView>, settings: Settings) -> Self {
+    pub fn new(
+        log: Arc<SerialLog>,
+        input: SerialInput,
+        view: Arc<MachineView>,
+        settings: Settings,
+        devices: DeviceHandles,
+    ) -> Self {
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
         Self {
             log,
             events,
             settings,
+            devices,
             live: RefCell::new(Some(Live { input, view })),
             exit: watch::Sender::new(None),
             phase: Cell::new(Phase::Created),
@@ -78,6 +87,11 @@ impl Guest {
     /// Everything that the serial port has sent, as far as it is kept.
     pub fn log(&self) -> &Arc<SerialLog> {
         &self.log
+    }
+
+    /// The host's side of its devices, which outlives them.
+    pub fn devices(&self) -> &DeviceHandles {
+        &self.devices
     }
 
     /// What became of it.

@@ -2,7 +2,7 @@
 
 use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
-use crate::devices;
+use crate::devices::{self, DeviceHandles, RequestedDevices};
 use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
@@ -69,7 +69,7 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let config = tokio::select! {
+        let (config, devices) = tokio::select! {
             config = machine_config(requested) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
         };
@@ -85,7 +85,7 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), settings));
+        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), settings, devices));
         Ok(Self { machine, client_units, halts, guest })
     }
 
@@ -190,7 +190,8 @@ async fn told(
     result
 }
 
-async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Failure> {
+/// What the machine is made of, and the host's side of its devices.
+async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, DeviceHandles), Failure> {
     let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
@@ -202,7 +203,8 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
         }
         None => None,
     };
-    Ok(MachineConfig {
+    let RequestedDevices { specs, handles } = devices::requested(&config.devices);
+    let config = MachineConfig {
         vps: config.cpus,
         affinity: vp_cpus(&config),
         cpuid_mask: cpuid_masks(&config.cpuid_mask),
@@ -213,10 +215,11 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
-        devices: devices::requested(&config.devices).specs,
+        devices: specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         inject: None,
-    })
+    };
+    Ok((config, handles))
 }
 
 /// What a create answers that a stop has cancelled.

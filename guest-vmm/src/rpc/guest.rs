@@ -2,9 +2,10 @@
 
 use super::observer::Observed;
 use super::streams::{SerialStream, pump};
+use super::vsock::VsockEndpoint;
 use crate::guest::Guest;
 use guest_schema::common_capnp::byte_stream;
-use guest_schema::guest_capnp::{guest, observer};
+use guest_schema::guest_capnp::{guest, host_vsock_endpoint, observer};
 use guest_schema::{Failure, GuestError};
 use guest_transport::broken;
 use std::rc::Rc;
@@ -43,6 +44,27 @@ impl guest::Server for BoundGuest {
         let mut results = results.get();
         results.set_input(broken(&failure));
         failure.write(results.init_error());
+        Ok(())
+    }
+
+    async fn get_host_vsock_endpoint(
+        self: Rc<Self>,
+        _: guest::GetHostVsockEndpointParams,
+        mut results: guest::GetHostVsockEndpointResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        match &self.0.devices().vsock {
+            Some(host) => {
+                let endpoint: host_vsock_endpoint::Client =
+                    capnp_rpc::new_client(VsockEndpoint::new(host.clone()));
+                results.set_endpoint(endpoint);
+            }
+            None => {
+                let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no vsock device");
+                results.set_endpoint(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
         Ok(())
     }
 

@@ -7,6 +7,8 @@ mod lifecycle;
 mod observer;
 mod streams;
 mod vmm;
+mod vsock;
 
 pub(crate) use lifecycle::Lifecycle;
 pub(crate) use vmm::VmmChannel;
+pub(crate) use vsock::serve as serve_vsock;

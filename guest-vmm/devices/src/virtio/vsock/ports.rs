@@ -19,7 +19,7 @@ const MAX_QUARANTINED: usize = 16 << 10;
 pub(super) const BACKLOG: usize = 128;
 
 /// The most ports on which the host may listen at once.
-pub const MAX_LISTENERS: usize = 1024;
+pub const MAX_LISTENERS: usize = 2048;
 
 /// Why the host cannot listen or connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
