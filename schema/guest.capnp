@@ -419,7 +419,8 @@ interface HostVsockEndpoint {
   listen @0 (port :UInt32, acceptor :VsockAcceptor) -> (listener :VsockListener, error :Common.Failure);
   # Offers the guest's programs a port of the host's. alreadyBound if somebody listens there or a connection still has the port,
   # notRunning once the guest has ended.
-  connect @1 (guestPort :UInt32, output :Common.ByteStream) -> (input :Common.ByteStream, error :Common.Failure);
+  connect @1 (guestPort :UInt32, output :Common.ByteStream)
+      -> (input :Common.ByteStream, error :Common.Failure, hostPort :UInt32);
   # Connects to a port of the guest's, from an ephemeral port of the host's (49152 to 65535). What the guest sends goes to `output`.
   # Answers once the guest has accepted; a guest whose driver is not there yet is waited for, one that has been asked may take 10 s. A
   # call that is dropped connects to nothing. connectionRefused, noResources without a free port or with 2,048 connections,

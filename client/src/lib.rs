@@ -54,6 +54,7 @@ mod guest;
 mod host;
 mod lifecycle;
 mod serial;
+mod vsock;
 
 pub use call::Call;
 pub use debugger::{Debugger, MemoryRead};
@@ -66,8 +67,13 @@ pub use guest_schema::{
     EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
     MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome,
     TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters,
-    VpState,
+    VpState, VsockConfig,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;
+pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};
+pub use vsock::{
+    VsockEndpoint, VsockInput, VsockListener, VsockOutput, VsockRequest, VsockRequests, VsockReset, VsockStream,
+    vsock_acceptor,
+};

@@ -1,5 +1,6 @@
 //! The options of `guestctl run` for devices.
 
+use crate::run::VsockOption;
 use clap::Args;
 use guest_client::DevicesConfig;
 
@@ -10,11 +11,14 @@ pub struct DeviceOptions {
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux
     #[arg(long)]
     pub rng: bool,
+    /// Give the guest a vsock device; with a path, programs reach it through Unix sockets: `--vsock path=web.sock`
+    #[arg(long, value_name = "path=SOCKET", num_args = 0..=1, default_missing_value = "", require_equals = false)]
+    pub vsock: Option<VsockOption>,
 }
 
 impl DeviceOptions {
     /// What they ask for.
     pub fn config(&self) -> DevicesConfig {
-        DevicesConfig { rng: self.rng }
+        DevicesConfig { rng: self.rng, vsock: None }
     }
 }

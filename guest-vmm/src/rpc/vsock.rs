@@ -69,6 +69,7 @@ impl host_vsock_endpoint::Server for VsockEndpoint {
         let mut results = results.get();
         match connected {
             Ok(stream) => {
+                results.set_host_port(stream.ports().host);
                 let (reader, writer) = stream.split();
                 spawn_local(forward(reader, params.get_output()?));
                 results.set_input(VsockInput::client(writer));
