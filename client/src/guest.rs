@@ -1,5 +1,6 @@
 //! A guest's user, operator and observers.
 
+use crate::balloon::Balloon;
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::channel::Channel;
 use crate::debugger::Debugger;
@@ -50,6 +51,11 @@ impl Guest {
     /// The host's end of its vsock device.
     pub fn vsock(&self) -> VsockEndpoint {
         VsockEndpoint::of(&self.client)
+    }
+
+    /// Its memory balloon.
+    pub fn balloon(&self) -> Balloon {
+        Balloon::open(&self.client)
     }
 
     /// A look at the guest.

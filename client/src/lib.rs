@@ -43,6 +43,7 @@
 //!
 //! Limits: one host, Unix sockets only.
 
+mod balloon;
 mod call;
 mod channel;
 mod debugger;
@@ -56,12 +57,14 @@ mod lifecycle;
 mod serial;
 mod vsock;
 
+pub use balloon::{Balloon, BalloonSize, MemoryStatistic};
 pub use call::Call;
 pub use debugger::{Debugger, MemoryRead};
 pub use dump::{CoreDump, DumpError};
 pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
+pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use guest_schema::{
     AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
     EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
@@ -71,9 +74,8 @@ pub use guest_schema::{
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;
-pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};
 pub use vsock::{
-    VsockEndpoint, VsockInput, VsockListener, VsockOutput, VsockRequest, VsockRequests, VsockReset, VsockStream,
-    vsock_acceptor,
+    VsockEndpoint, VsockInput, VsockListener, VsockOutput, VsockRequest, VsockRequests, VsockReset,
+    VsockStream, vsock_acceptor,
 };

@@ -1,11 +1,11 @@
 //! One guest as its holders see it. It outlives the VM: holders learn how the guest ended.
 
-use crate::devices::DeviceHandles;
+use crate::devices::HostEnds;
 use crate::events::EventLog;
 use crate::serial::SerialLog;
 use crate::settings::Settings;
 use crate::shown;
-use devices::SerialInput;
+use ::devices::SerialInput;
 use guest_schema::{Exit, Failure, GuestError, GuestState, OnReset, Phase, Transition, UnitStatus, chain};
 use inspect::{Inspection, Node, Request, Update, UpdateError, View};
 use machine::{CoreDump, DumpError, MachineView};
@@ -44,7 +44,6 @@ pub(crate) struct Guest {
     log: Arc<SerialLog>,
     events: Rc<EventLog>,
     settings: Settings,
-    devices: DeviceHandles,
     /// None once the VM is gone.
     live: RefCell<Option<Live>>,
     exit: watch::Sender<Option<Exit>>,
@@ -58,6 +57,7 @@ pub(crate) struct Guest {
 struct Live {
     input: SerialInput,
     view: Arc<MachineView>,
+    ends: HostEnds,
 }
 
 impl Guest {
@@ -65,8 +65,8 @@ impl Guest {
         log: Arc<SerialLog>,
         input: SerialInput,
         view: Arc<MachineView>,
+        ends: HostEnds,
         settings: Settings,
-        devices: DeviceHandles,
     ) -> Self {
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
@@ -74,8 +74,7 @@ impl Guest {
             log,
             events,
             settings,
-            devices,
-            live: RefCell::new(Some(Live { input, view })),
+            live: RefCell::new(Some(Live { input, view, ends })),
             exit: watch::Sender::new(None),
             phase: Cell::new(Phase::Created),
             started: Cell::new(None),
@@ -87,11 +86,6 @@ impl Guest {
     /// Everything that the serial port has sent, as far as it is kept.
     pub fn log(&self) -> &Arc<SerialLog> {
         &self.log
-    }
-
-    /// The host's side of its devices, which outlives them.
-    pub fn devices(&self) -> &DeviceHandles {
-        &self.devices
     }
 
     /// What became of it.
@@ -107,6 +101,11 @@ impl Guest {
     /// The serial port's input, while there is one.
     pub fn input(&self) -> Option<SerialInput> {
         self.live.borrow().as_ref().map(|live| live.input.clone())
+    }
+
+    /// The host's ends of its devices, while they are there.
+    pub fn ends(&self) -> Option<HostEnds> {
+        self.live.borrow().as_ref().map(|live| live.ends.clone())
     }
 
     /// Resolves when the guest has ended, with how.

@@ -2,13 +2,14 @@
 
 use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
-use crate::devices::{self, DeviceHandles, RequestedDevices};
+use crate::devices::{self, RequestedDevices};
 use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
 use crate::platform::Host;
 use crate::serial::SerialLog;
 use crate::settings::Settings;
+use ::devices::virtio::VirtioSpec;
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
@@ -69,8 +70,9 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let (config, devices) = tokio::select! {
-            config = machine_config(requested) => config?,
+        let RequestedDevices { specs, ends } = devices::requested(&requested.config);
+        let config = tokio::select! {
+            config = machine_config(requested, specs) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
         };
         let log = Arc::new(SerialLog::default());
@@ -85,7 +87,7 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), settings, devices));
+        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), ends, settings));
         Ok(Self { machine, client_units, halts, guest })
     }
 
@@ -190,8 +192,7 @@ async fn told(
     result
 }
 
-/// What the machine is made of, and the host's side of its devices.
-async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, DeviceHandles), Failure> {
+async fn machine_config(requested: RequestedGuest, specs: Vec<VirtioSpec>) -> Result<MachineConfig, Failure> {
     let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
@@ -203,8 +204,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, Dev
         }
         None => None,
     };
-    let RequestedDevices { specs, handles } = devices::requested(&config.devices);
-    let config = MachineConfig {
+    Ok(MachineConfig {
         vps: config.cpus,
         affinity: vp_cpus(&config),
         cpuid_mask: cpuid_masks(&config.cpuid_mask),
@@ -218,8 +218,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, Dev
         devices: specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         inject: None,
-    };
-    Ok((config, handles))
+    })
 }
 
 /// What a create answers that a stop has cancelled.

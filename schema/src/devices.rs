@@ -11,6 +11,8 @@ pub struct DevicesConfig {
     pub rng: bool,
     /// The vsock device.
     pub vsock: Option<VsockConfig>,
+    /// The memory balloon.
+    pub balloon: bool,
 }
 
 impl DevicesConfig {
@@ -24,13 +26,14 @@ impl DevicesConfig {
             true => Some(VsockConfig::read(reader.get_vsock()?, faults)?),
             false => None,
         };
-        Ok(Self { rng: reader.get_rng(), vsock })
+        Ok(Self { rng: reader.get_rng(), balloon: reader.get_balloon(), vsock })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng, vsock } = self;
+        let Self { rng, balloon, vsock } = self;
         builder.set_rng(*rng);
+        builder.set_balloon(*balloon);
         if let Some(vsock) = vsock {
             vsock.write(builder.init_vsock());
         }
@@ -45,7 +48,6 @@ fn read_unsupported(
         ("block", !reader.get_block()?.is_empty()),
         ("net", !reader.get_net()?.is_empty()),
         ("console", reader.get_console()),
-        ("balloon", reader.get_balloon()),
         ("mem", reader.has_mem()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),

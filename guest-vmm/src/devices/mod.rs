@@ -1,30 +1,39 @@
 //! The devices that a config asks for, on their way into the machine. A new device is one more line in [`requested`].
 
+mod balloon;
 mod rng;
 mod vsock;
 
-use devices::virtio::VirtioSpec;
-use devices::virtio::vsock::VsockHost;
-use guest_schema::DevicesConfig;
+use ::devices::virtio::VirtioSpec;
+use ::devices::virtio::balloon::BalloonHandle;
+use ::devices::virtio::vsock::VsockHost;
+use guest_schema::{ConfigFault, GuestConfig};
 
-/// What a guest's devices become: their halves in the machine.
+/// What a guest's devices become.
 #[derive(Default)]
 pub(crate) struct RequestedDevices {
+    /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
-    pub handles: DeviceHandles,
+    pub ends: HostEnds,
 }
 
-/// The host's side of a guest's devices, for those who may use them.
+/// The host's ends of the devices that have one.
 #[derive(Clone, Default)]
-pub(crate) struct DeviceHandles {
-    /// The vsock device's, if there is one.
+pub(crate) struct HostEnds {
+    pub balloon: Option<BalloonHandle>,
     pub vsock: Option<VsockHost>,
 }
 
-/// The devices of a config, in the order in which a guest finds them.
-pub(crate) fn requested(config: &DevicesConfig) -> RequestedDevices {
+/// The devices of a config that was checked.
+pub(crate) fn requested(config: &GuestConfig) -> RequestedDevices {
     let mut devices = RequestedDevices::default();
-    rng::add(config, &mut devices);
-    vsock::add(config, &mut devices);
+    rng::add(&config.devices, &mut devices);
+    balloon::add(config, &mut devices);
+    vsock::add(&config.devices, &mut devices);
     devices
+}
+
+/// What is wrong with the devices of a config.
+pub(crate) fn faults(config: &GuestConfig) -> Vec<ConfigFault> {
+    balloon::faults(config)
 }

@@ -2,7 +2,7 @@
 
 use super::RequestedDevices;
 use crate::rpc::serve_vsock;
-use devices::virtio::vsock::{PortError, Vsock, VsockHost, VsockLimits};
+use ::devices::virtio::vsock::{PortError, Vsock, VsockHost, VsockLimits};
 use guest_schema::{DevicesConfig, VsockConfig};
 use tokio::task::spawn_local;
 
@@ -12,7 +12,7 @@ pub(super) fn add(config: &DevicesConfig, devices: &mut RequestedDevices) {
     let (spec, host) = Vsock::spec("vsock", VsockLimits::default());
     listen(config, &host).expect("each port once, and no more than there may be: the config was checked");
     devices.specs.push(spec);
-    devices.handles.vsock = Some(host);
+    devices.ends.vsock = Some(host);
 }
 
 /// Begins to listen, for as long as the device is there.

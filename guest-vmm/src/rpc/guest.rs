@@ -1,11 +1,12 @@
 //! Guest: the user's capability.
 
+use super::balloon::Balloon;
 use super::observer::Observed;
 use super::streams::{SerialStream, pump};
 use super::vsock::VsockEndpoint;
 use crate::guest::Guest;
 use guest_schema::common_capnp::byte_stream;
-use guest_schema::guest_capnp::{guest, host_vsock_endpoint, observer};
+use guest_schema::guest_capnp::{guest, observer};
 use guest_schema::{Failure, GuestError};
 use guest_transport::broken;
 use std::rc::Rc;
@@ -53,17 +54,36 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetHostVsockEndpointResults,
     ) -> capnp::Result<()> {
         let mut results = results.get();
-        match &self.0.devices().vsock {
-            Some(host) => {
-                let endpoint: host_vsock_endpoint::Client =
-                    capnp_rpc::new_client(VsockEndpoint::new(host.clone()));
-                results.set_endpoint(endpoint);
+        let endpoint = match self.0.ends() {
+            None => Err(Failure::new(GuestError::NotRunning, "the guest has ended")),
+            Some(ends) => {
+                let absent = || Failure::new(GuestError::DeviceNotPresent, "the guest has no vsock device");
+                ends.vsock.ok_or_else(absent)
             }
-            None => {
-                let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no vsock device");
+        };
+        match endpoint {
+            Ok(host) => results.set_endpoint(capnp_rpc::new_client(VsockEndpoint::new(host))),
+            Err(failure) => {
                 results.set_endpoint(broken(&failure));
                 failure.write(results.init_error());
             }
+        }
+        Ok(())
+    }
+
+    async fn get_balloon_controller(
+        self: Rc<Self>,
+        _: guest::GetBalloonControllerParams,
+        mut results: guest::GetBalloonControllerResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        // What has ended is told by the controller itself.
+        if self.0.ends().is_some_and(|ends| ends.balloon.is_none()) {
+            let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no balloon");
+            results.set_controller(broken(&failure));
+            failure.write(results.init_error());
+        } else {
+            results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone())));
         }
         Ok(())
     }

@@ -45,7 +45,8 @@ impl host_vsock_endpoint::Server for VsockEndpoint {
         match listening {
             Ok(listener) => {
                 let serving = spawn_local(serve(listener, params.get_acceptor()?));
-                let listening: vsock_listener::Client = capnp_rpc::new_client(Listening(serving.abort_handle()));
+                let listening: vsock_listener::Client =
+                    capnp_rpc::new_client(Listening(serving.abort_handle()));
                 results.set_listener(listening);
             }
             Err(failure) => {
@@ -144,7 +145,10 @@ const GUEST_CID: u32 = 3;
 
 /// Where an accepted connection's bytes go; `None` if it was refused.
 async fn accepted(
-    answer: capnp::capability::Promise<capnp::capability::Response<vsock_acceptor::accept_results::Owned>, Error>,
+    answer: capnp::capability::Promise<
+        capnp::capability::Response<vsock_acceptor::accept_results::Owned>,
+        Error,
+    >,
 ) -> capnp::Result<Option<byte_stream::Client>> {
     let response = answer.await?;
     let response = response.get()?;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use guest_tests::lab::{self, Lab, LabGuest, LabGuestEnd, SharedLab};
+use guest_tests::lab::{self, Lab, LabGuest, LabProcessEnd, SharedLab};
 use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::service::program;
 use libtest_mimic::Trial;
@@ -57,10 +57,7 @@ fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
         for name in lab::PROJECT_PROGRAMS {
             program(name)?;
         }
-        let Err(first) = body(&*SHARED.get(lab::project_binaries)?) else { return Ok(()) };
-        // The emulator was seen to break its guests, and now and then itself. What is our fault comes again.
-        eprintln!("{name} fails in the shared lab, and is tried once more in a lab of its own: {first:?}");
-        body(&Lab::boot(&lab::project_binaries())?)
+        SHARED.attempt(name, lab::project_binaries, body)
     })
 }
 
@@ -229,12 +226,12 @@ fn assert_is_in_order(guest: &LabGuest<'_>, vps: u32, memory: u64) -> anyhow::Re
     Ok(())
 }
 
-fn power_off(guest: &LabGuest<'_>) -> anyhow::Result<LabGuestEnd> {
+fn power_off(guest: &LabGuest<'_>) -> anyhow::Result<LabProcessEnd> {
     guest.send("poweroff -f")?;
     Ok(guest.end(LIMIT)?)
 }
 
-fn assert_is_clean(end: &LabGuestEnd, boots: usize) -> anyhow::Result<()> {
+fn assert_is_clean(end: &LabProcessEnd, boots: usize) -> anyhow::Result<()> {
     ensure!(end.status == 0, "{end:?}");
     let seen = end.out.matches(BOOTED).count();
     ensure!(seen == boots, "{seen} boots instead of {boots}:\n{}", end.out);

@@ -5,7 +5,8 @@
 
 use crate::ending::{Outcome, Trouble};
 use guest_client::{
-    VsockConfig, VsockEndpoint, VsockInput, VsockOutput, VsockRequest, VsockRequests, VsockStream, vsock_acceptor,
+    VsockConfig, VsockEndpoint, VsockInput, VsockOutput, VsockRequest, VsockRequests, VsockStream,
+    vsock_acceptor,
 };
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -190,7 +191,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_first_line_names_a_port_and_leaves_the_rest() {
-        for (text, port) in [("CONNECT 80\nrest", Some(80)), ("CONNECT x\n", None), ("GET / HTTP/1.1\r\n", None)] {
+        for (text, port) in
+            [("CONNECT 80\nrest", Some(80)), ("CONNECT x\n", None), ("GET / HTTP/1.1\r\n", None)]
+        {
             let (mut program, mut bridge) = UnixStream::pair().expect("sockets");
             program.write_all(text.as_bytes()).await.expect("room");
             drop(program);

@@ -14,6 +14,7 @@
 //! Limits: split queues (the queue library has no packed ones); no shared memory regions; a queue keeps its buffers until the whole
 //! device is reset.
 
+pub mod balloon;
 mod chain;
 mod device;
 mod event;
@@ -25,9 +26,9 @@ mod queue;
 mod ram;
 mod rng;
 mod saved;
-pub mod vsock;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 
 #[cfg(any(test, feature = "fake-driver"))]
 pub mod fake_driver;

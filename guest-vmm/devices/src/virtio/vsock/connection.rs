@@ -250,7 +250,9 @@ impl Connection {
             State::Established if self.due_shutdown() != self.told_shutdown => Some(Op::Shutdown),
             State::Established if !self.outgoing.is_empty() && self.credit() > 0 => Some(Op::Rw),
             State::Established if self.owes_credit => Some(Op::CreditUpdate),
-            State::Established => (!self.outgoing.is_empty() && !self.asked_credit).then_some(Op::CreditRequest),
+            State::Established => {
+                (!self.outgoing.is_empty() && !self.asked_credit).then_some(Op::CreditRequest)
+            }
         }
     }
 

@@ -319,7 +319,8 @@ impl Engine {
             }
             return Some(());
         }
-        let op = op.filter(|op| header.len as usize == payload.len() && (*op == Op::Rw || payload.is_empty()))?;
+        let op =
+            op.filter(|op| header.len as usize == payload.len() && (*op == Op::Rw || payload.is_empty()))?;
         if op == Op::Rst {
             self.receive_reset(pair, now);
             return Some(());
@@ -478,11 +479,7 @@ impl Engine {
     }
 
     /// The next request of the guest's, now the caller's to accept or to let go of; none once the device is gone.
-    pub fn poll_request(
-        &mut self,
-        port: Option<u32>,
-        context: &Context<'_>,
-    ) -> Poll<Option<PortPair>> {
+    pub fn poll_request(&mut self, port: Option<u32>, context: &Context<'_>) -> Poll<Option<PortPair>> {
         let Some(listener) = self.listeners.get_mut(&port).filter(|_| !self.gone) else {
             return Poll::Ready(None);
         };

@@ -100,9 +100,8 @@ pub struct VsockListener {
 impl VsockListener {
     /// The guest's next request; none once the device is gone. For one caller at a time. May be cancelled at any time.
     pub async fn next(&self) -> Option<VsockRequest> {
-        let poll = |context: &mut Context<'_>| {
-            self.shared.act(|engine| engine.poll_request(self.port, context))
-        };
+        let poll =
+            |context: &mut Context<'_>| self.shared.act(|engine| engine.poll_request(self.port, context));
         let pair = poll_fn(poll).await?;
         let handle = Arc::new(Handle { shared: self.shared.clone(), pair });
         Some(VsockRequest(VsockStream::new(handle)))

@@ -178,7 +178,8 @@ fn random_packets_break_nothing() {
     let small = prop_oneof![Just(PORT), Just(GUEST_PORT), Just(60000), any::<u32>()];
     let cid = prop_oneof![8 => Just(3), 8 => Just(2), 1 => any::<u64>()];
     let count = prop_oneof![Just(0), 0..100u32, any::<u32>()];
-    let header = (cid.clone(), cid, small.clone(), small, 0..10u16, count.clone(), 0..5u32, count.clone(), count);
+    let header =
+        (cid.clone(), cid, small.clone(), small, 0..10u16, count.clone(), 0..5u32, count.clone(), count);
     let packets = prop::collection::vec((header, 0..4u8), 1..200);
     proptest!(|(packets in packets)| {
         let mut bench = Bench::with(VsockLimits { connections: 4, ephemeral: 60000..=60001, ..VsockLimits::default() });

@@ -83,8 +83,7 @@ impl World {
     fn guest_sends(&mut self, pair: PortPair, op: Op, flags: u32, payload: Vec<u8>) {
         let end = &self.guests[&pair];
         let len = u32::try_from(payload.len()).unwrap();
-        let header =
-            Header { len, flags, buf_alloc: end.window, fwd_cnt: end.taken, ..packet(pair, op) };
+        let header = Header { len, flags, buf_alloc: end.window, fwd_cnt: end.taken, ..packet(pair, op) };
         self.wire.push_back((header, payload));
     }
 
@@ -167,9 +166,10 @@ impl World {
     }
 
     fn deliver_to_guest(&mut self, room: usize) {
-        let sent = self.bench.engine.send(room.max(1), self.bench.now, |header, (front, back)| {
-            (*header, [front, back].concat())
-        });
+        let sent = self
+            .bench
+            .engine
+            .send(room.max(1), self.bench.now, |header, (front, back)| (*header, [front, back].concat()));
         let Some((header, payload)) = sent else { return };
         assert_eq!(header.len as usize, payload.len());
         assert!(payload.len() <= room.max(1));
