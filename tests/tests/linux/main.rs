@@ -2,6 +2,7 @@
 //! drivers with our devices, a file for each.
 
 mod rng;
+mod vsock;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -48,6 +49,10 @@ fn main() -> ExitCode {
         test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
         test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
+        test("linux_connects_and_is_connected_to", vsock::linux_connects_and_is_connected_to),
+        test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
+        test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),
+        test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
     ];
     requirements::run(trials, || SHARED.close())
 }
