@@ -217,3 +217,6 @@ impl byte_stream::Server for VsockInput {
         writer.flush().await.map_err(Self::error)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,8 +14,13 @@ const MOST_MIB: u32 = 1024;
 
 /// A guest with the device, whose sockets on the host are in its folder.
 fn start<'lab>(lab: &'lab Lab, name: &str) -> anyhow::Result<LabGuest<'lab>> {
-    let guest =
-        LabGuest::start_with(&[Toolset::Vsock], lab, name, "panic=-1", "--memory 256M --vsock path=vsock.sock")?;
+    let guest = LabGuest::start_with(
+        &[Toolset::Vsock],
+        lab,
+        name,
+        "panic=-1",
+        "--memory 256M --vsock path=vsock.sock",
+    )?;
     guest.saw(BOOTED, 1, LIMIT)?;
     Ok(guest)
 }
@@ -29,14 +34,16 @@ fn serve<'lab>(
 ) -> anyhow::Result<LabProcess<'lab>> {
     let path = format!("{}/vsock.sock_{port}", guest.folder());
     let name = format!("{}-{port}", guest.folder().trim_start_matches("/tmp/"));
-    let server = lab.spawn(&name, &format!("exec socat -t 100 UNIX-LISTEN:{path},fork,backlog=1000 {command}"))?;
+    let server =
+        lab.spawn(&name, &format!("exec socat -t 100 UNIX-LISTEN:{path},fork,backlog=1000 {command}"))?;
     server.until(&format!("test -S {path}"), "socket", LIMIT)?;
     Ok(server)
 }
 
 /// Lets the guest's program `command` answer what the host connects to at `port`.
 fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Result<()> {
-    guest.ask(&format!("socat -t 100 VSOCK-LISTEN:{port},fork {command} 2>/tmp/err-{port} &"), LIMIT)?;
+    guest
+        .ask(&format!("{{ socat -t 100 VSOCK-LISTEN:{port},fork {command} 2>/tmp/err-{port} & }}"), LIMIT)?;
     // Listening shows nowhere: whoever connects too early is refused, so that is tried.
     let seen = format!("test \"$({})\"", connect(port, ":", "true"));
     guest.until(&seen, &format!("program on the guest's port {port}"), LIMIT)?;
@@ -45,7 +52,9 @@ fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Res
 
 /// The host's command that connects to the guest's `port`, sends what `source` writes, and gives what comes back to `sink`.
 fn connect(port: u32, source: &str, sink: &str) -> String {
-    format!("(echo CONNECT {port}; {source}) | socat -t 100 - UNIX-CONNECT:vsock.sock | (read -r ok && echo $ok; {sink})")
+    format!(
+        "(echo CONNECT {port}; {source}) | socat -t 100 - UNIX-CONNECT:vsock.sock | (read -r ok && echo $ok; {sink})"
+    )
 }
 
 pub fn linux_connects_and_is_connected_to(lab: &Lab) -> anyhow::Result<()> {
@@ -109,7 +118,9 @@ pub fn linux_has_many_connections_at_once(lab: &Lab) -> anyhow::Result<()> {
     let up = format!("test $(ls | grep -c up-) = {count}");
     hold.until(&up, "connection of each program at the same time", LIMIT)?;
     hold.here("touch go")?;
-    let wrong = format!("wait; for i in $(seq {count}); do [ \"$(cat /tmp/answer-$i)\" = $i ] || echo wrong $i; done");
+    let wrong = format!(
+        "wait; for i in $(seq {count}); do [ \"$(cat /tmp/answer-$i)\" = $i ] || echo wrong $i; done"
+    );
     let wrong = guest.ask(&wrong, LIMIT)?;
     ensure!(wrong.is_empty(), "{wrong}");
     assert_is_in_order(&guest, 1, 256 * MIB)?;
@@ -132,7 +143,8 @@ pub fn what_linux_sends_and_gets_is_whole(lab: &Lab) -> anyhow::Result<()> {
 
     serve_in_guest(&guest, 2000, "EXEC:sha256sum")?;
     let transfer = connect(2000, &pieces, "cat");
-    let to_guest = format!("cd {}; {random}; ({pieces}) | sha256sum >sent; {transfer} >got; touch done", guest.folder());
+    let to_guest =
+        format!("cd {}; {random}; ({pieces}) | sha256sum >sent; {transfer} >got; touch done", guest.folder());
     let host = lab.spawn("to-guest", &to_guest)?;
     host.end(5 * LIMIT)?;
     let (sent, got) = (guest.here("cat sent")?, guest.here("tail -n 1 got")?);

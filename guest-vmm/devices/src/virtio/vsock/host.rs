@@ -83,6 +83,11 @@ impl VsockHost {
         Ok(VsockStream::new(Arc::new(handle)))
     }
 
+    /// How many connections there are, those included that have ended on one side only.
+    pub fn connection_count(&self) -> usize {
+        self.0.engine().connections().count()
+    }
+
     /// What has passed through so far.
     pub fn counters(&self) -> VsockCounters {
         self.0.engine().counters()

@@ -18,6 +18,8 @@ mod host;
 mod packet;
 mod ports;
 
+#[cfg(any(test, feature = "fake-driver"))]
+pub mod fake_guest;
 #[cfg(test)]
 mod tests;
 

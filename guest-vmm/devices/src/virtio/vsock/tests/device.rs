@@ -1,63 +1,35 @@
 //! The device by what a driver sees of it, and its host's side by what streams carry.
 
-use super::super::packet::{HEADER_BYTES, SHUTDOWN_BOTH};
-use super::super::{Vsock, VsockHost, VsockStream};
+use super::super::fake_guest::{EVENT, FakeGuest, RX, TX};
+use super::super::packet::SHUTDOWN_BOTH;
+use super::super::{Vsock, VsockStream};
 use super::*;
 use crate::virtio::fake_driver::{Buffer, FakeDriver, PATIENCE};
 use guest_saved_state::devices::vsock::VsockState;
 use inspect::{Inspection, View};
 use save_restore::SavedStateBlob;
+use std::ops::{Deref, DerefMut};
 
-const RX: usize = 0;
-const TX: usize = 1;
-const EVENT: usize = 2;
-const RX_BYTES: u32 = 4096;
+/// A guest that gives the device room for packets.
+struct Guest(FakeGuest);
 
-/// A driver that gives the device room for packets as Linux does, and the host's side.
-struct Guest {
-    driver: FakeDriver,
-    host: VsockHost,
+impl Deref for Guest {
+    type Target = FakeGuest;
+
+    fn deref(&self) -> &FakeGuest {
+        &self.0
+    }
+}
+
+impl DerefMut for Guest {
+    fn deref_mut(&mut self) -> &mut FakeGuest {
+        &mut self.0
+    }
 }
 
 impl Guest {
     fn new() -> Self {
-        let (spec, host) = Vsock::spec("vsock", VsockLimits::default());
-        let mut guest = Self { driver: FakeDriver::ready(spec, u64::MAX), host };
-        guest.provide(64);
-        guest
-    }
-
-    fn provide(&mut self, count: usize) {
-        for _ in 0..count {
-            self.driver.send(RX, &[Buffer::In(RX_BYTES)]);
-        }
-    }
-
-    /// Sends a packet and waits until the device has taken it.
-    fn send(&mut self, header: &Header, payload: &[u8]) {
-        let len = u32::try_from(payload.len()).unwrap();
-        let bytes = Header { len, ..*header }.to_bytes();
-        match payload {
-            [] => self.driver.request(TX, &[Buffer::Out(&bytes)]),
-            payload => self.driver.request(TX, &[Buffer::Out(&bytes), Buffer::Out(payload)]),
-        };
-    }
-
-    /// The next packet of the device's.
-    fn receive(&mut self) -> (Header, Vec<u8>) {
-        let used = self.driver.wait_used(RX);
-        let reply = self.driver.take(&used);
-        self.provide(1);
-        let (header, payload) = reply.data.split_at(HEADER_BYTES);
-        let header = Header::from_bytes(header.try_into().unwrap());
-        assert_eq!(reply.written as usize, HEADER_BYTES + header.len as usize);
-        (header, payload[..header.len as usize].to_vec())
-    }
-
-    fn receive_op(&mut self, op: Op) -> (Header, Vec<u8>) {
-        let (header, payload) = self.receive();
-        assert_eq!(Op::from_number(header.op), Some(op), "{header:?}");
-        (header, payload)
+        Self(FakeGuest::ready(64))
     }
 
     /// A connection of the guest's to a port of the host's, accepted.
@@ -72,8 +44,7 @@ impl Guest {
     }
 
     fn inspect(&self, path: &str, view: View) -> String {
-        let device = self.driver.device();
-        let mut device = device;
+        let mut device = self.driver.device();
         let inspection = Inspection::start(path, 8, view, |request| device.inspect_mut(request));
         wait(inspection.finish(PATIENCE)).to_json()
     }
@@ -149,8 +120,7 @@ fn a_host_that_does_not_read_holds_up_nobody_else() {
 
 #[test]
 fn a_guest_without_room_for_packets_is_waited_for() {
-    let (spec, host) = Vsock::spec("vsock", VsockLimits::default());
-    let mut guest = Guest { driver: FakeDriver::ready(spec, 0), host };
+    let mut guest = Guest(FakeGuest::ready(0));
     let listener = guest.host.listen(PORT).unwrap();
     guest.send(&packet(PAIR, Op::Request), &[]);
     let mut stream = wait(listener.next()).unwrap().accept().unwrap();
@@ -179,8 +149,7 @@ fn malformed_packets_do_not_end_the_device() {
 
 #[test]
 fn a_buffer_too_small_for_any_packet_asks_for_a_reset() {
-    let (spec, host) = Vsock::spec("vsock", VsockLimits::default());
-    let mut guest = Guest { driver: FakeDriver::ready(spec, 0), host };
+    let mut guest = Guest(FakeGuest::ready(0));
     guest.driver.send(RX, &[Buffer::In(44)]);
     guest.send(&packet(PAIR, Op::Request), &[]);
     guest.driver.wait_needs_reset();
@@ -213,7 +182,7 @@ fn a_restored_driver_hears_that_its_connections_are_gone() {
     guest.driver.stop();
     let state = guest.driver.save();
     let (spec, host) = Vsock::spec("vsock", VsockLimits::default());
-    let mut restored = Guest { driver: FakeDriver::stopped(spec), host };
+    let mut restored = FakeGuest { driver: FakeDriver::stopped(spec), host };
     restored.driver.restore(&guest.driver, state).unwrap();
     restored.driver.start();
     let used = restored.driver.wait_used(EVENT);

@@ -7,29 +7,14 @@ mod model;
 
 use super::connection::End;
 use super::engine::{Engine, VsockLimits};
-use super::packet::{GUEST_CID, HOST_CID, Header, Op, PortPair, SHUTDOWN_SEND, TYPE_STREAM};
+use super::fake_guest::packet;
+use super::packet::{GUEST_CID, HOST_CID, Header, Op, PortPair, SHUTDOWN_SEND};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 const PORT: u32 = 1024;
 const GUEST_PORT: u32 = 5000;
 const PAIR: PortPair = PortPair { guest: GUEST_PORT, host: PORT };
-
-/// A packet of the guest's, with plenty of room on its side.
-fn packet(pair: PortPair, op: Op) -> Header {
-    Header {
-        src_cid: GUEST_CID,
-        dst_cid: HOST_CID,
-        src_port: pair.guest,
-        dst_port: pair.host,
-        len: 0,
-        socket_type: TYPE_STREAM,
-        op: op as u16,
-        flags: 0,
-        buf_alloc: 1 << 20,
-        fwd_cnt: 0,
-    }
-}
 
 /// An engine, the time, and the guest's end as far as a test plays it by hand.
 struct Bench {
