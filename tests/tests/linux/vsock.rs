@@ -45,7 +45,8 @@ fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Res
     guest
         .ask(&format!("{{ socat -t 100 VSOCK-LISTEN:{port},fork {command} 2>/tmp/err-{port} & }}"), LIMIT)?;
     // Listening shows nowhere: whoever connects too early is refused, so that is tried.
-    let seen = format!("test \"$({})\"", connect(port, ":", "true"));
+    // With a space, for two parentheses would be arithmetic.
+    let seen = format!("test \"$( {})\"", connect(port, ":", "true"));
     guest.until(&seen, &format!("program on the guest's port {port}"), LIMIT)?;
     Ok(())
 }
