@@ -9,8 +9,10 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use guest_saved_state::devices::balloon::BalloonState;
+use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
+use guest_saved_state::devices::mem::MemState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
 use guest_saved_state::devices::virtio::VirtioState;
@@ -34,11 +36,13 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 10] {
+fn roots() -> [Root; 12] {
     [
         Root::of::<BalloonState>(),
+        Root::of::<GenericEventState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
+        Root::of::<MemState>(),
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
         Root::of::<VirtioState>(),

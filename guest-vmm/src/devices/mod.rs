@@ -1,13 +1,16 @@
 //! The devices that a config asks for, on their way into the machine. A new device is one more line in [`requested`].
 
 mod balloon;
+pub(crate) mod mem;
 mod rng;
 mod vsock;
 
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
+use ::devices::virtio::mem::MemHandle;
 use ::devices::virtio::vsock::VsockHost;
-use guest_schema::{ConfigFault, GuestConfig};
+use guest_schema::{ConfigFault, Failure, GuestConfig};
+use std::ops::Range;
 
 /// What a guest's devices become.
 #[derive(Default)]
@@ -15,25 +18,29 @@ pub(crate) struct RequestedDevices {
     /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
     pub ends: HostEnds,
+    /// The region for memory that is plugged later.
+    pub hotplug: Option<Range<u64>>,
 }
 
 /// The host's ends of the devices that have one.
 #[derive(Clone, Default)]
 pub(crate) struct HostEnds {
     pub balloon: Option<BalloonHandle>,
+    pub mem: Option<MemHandle>,
     pub vsock: Option<VsockHost>,
 }
 
 /// The devices of a config that was checked.
-pub(crate) fn requested(config: &GuestConfig) -> RequestedDevices {
+pub(crate) fn requested(config: &GuestConfig) -> Result<RequestedDevices, Failure> {
     let mut devices = RequestedDevices::default();
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
+    mem::add(config, &mut devices)?;
     vsock::add(&config.devices, &mut devices);
-    devices
+    Ok(devices)
 }
 
-/// What is wrong with the devices of a config.
-pub(crate) fn faults(config: &GuestConfig) -> Vec<ConfigFault> {
-    balloon::faults(config)
+/// What is wrong with the devices of a config; `host_bytes` is the host's memory.
+pub(crate) fn faults(config: &GuestConfig, host_bytes: u64) -> Vec<ConfigFault> {
+    [balloon::faults(config), mem::faults(config, host_bytes)].concat()
 }

@@ -1,6 +1,7 @@
 //! Guest: the user's capability.
 
 use super::balloon::Balloon;
+use super::mem::Mem;
 use super::observer::Observed;
 use super::streams::{SerialStream, pump};
 use super::vsock::VsockEndpoint;
@@ -54,14 +55,7 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetHostVsockEndpointResults,
     ) -> capnp::Result<()> {
         let mut results = results.get();
-        let endpoint = match self.0.ends() {
-            None => Err(Failure::new(GuestError::NotRunning, "the guest has ended")),
-            Some(ends) => {
-                let absent = || Failure::new(GuestError::DeviceNotPresent, "the guest has no vsock device");
-                ends.vsock.ok_or_else(absent)
-            }
-        };
-        match endpoint {
+        match self.0.end_of("vsock device", |ends| ends.vsock.clone()) {
             Ok(host) => results.set_endpoint(capnp_rpc::new_client(VsockEndpoint::new(host))),
             Err(failure) => {
                 results.set_endpoint(broken(&failure));
@@ -77,13 +71,29 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetBalloonControllerResults,
     ) -> capnp::Result<()> {
         let mut results = results.get();
-        // What has ended is told by the controller itself.
-        if self.0.ends().is_some_and(|ends| ends.balloon.is_none()) {
-            let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no balloon");
-            results.set_controller(broken(&failure));
-            failure.write(results.init_error());
-        } else {
-            results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone())));
+        match self.0.end_of("balloon", |ends| ends.balloon.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            // What has ended is told by the controller itself.
+            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone()))),
+        }
+        Ok(())
+    }
+
+    async fn get_mem_controller(
+        self: Rc<Self>,
+        _: guest::GetMemControllerParams,
+        mut results: guest::GetMemControllerResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        match self.0.end_of("memory device", |ends| ends.mem.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Mem::new(self.0.clone()))),
         }
         Ok(())
     }

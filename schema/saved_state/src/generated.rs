@@ -9,11 +9,15 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin
 pub mod devices {
     /// The memory balloon.
     #[rustfmt::skip]
-    pub mod balloon; /// The keyboard controller, and system control port B beside it.
+    pub mod balloon; /// The Generic Event Device.
+    #[rustfmt::skip]
+    pub mod generic_event; /// The keyboard controller, and system control port B beside it.
     #[rustfmt::skip]
     pub mod i8042; /// The I/O APIC.
     #[rustfmt::skip]
-    pub mod ioapic; /// The real-time clock.
+    pub mod ioapic; /// The memory device.
+    #[rustfmt::skip]
+    pub mod mem; /// The real-time clock.
     #[rustfmt::skip]
     pub mod rtc; /// The serial port.
     #[rustfmt::skip]

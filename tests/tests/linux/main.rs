@@ -1,6 +1,7 @@
 //! Unmodified Debian Linux as a guest, in the lab: its boots and its ends, its processors, memory, clock and console; and its
 //! drivers with our devices, a file for each.
 
+mod balloon;
 mod rng;
 mod vsock;
 
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
         test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
+        test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
         test("linux_connects_and_is_connected_to", vsock::linux_connects_and_is_connected_to),
         test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
         test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),

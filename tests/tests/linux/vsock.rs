@@ -12,6 +12,9 @@ const TRANSFER_MIB: u32 = 64;
 /// 1 GiB.
 const MOST_MIB: u32 = 1024;
 
+// Linux gives a connection two seconds to be accepted, which is little for an emulated host that does something else: hence
+// socat's retry=9, which tries again before the first byte.
+
 /// A guest with the device, whose sockets on the host are in its folder.
 fn start<'lab>(lab: &'lab Lab, name: &str) -> anyhow::Result<LabGuest<'lab>> {
     let guest = LabGuest::start_with(
@@ -61,7 +64,7 @@ fn connect(port: u32, source: &str, sink: &str) -> String {
 pub fn linux_connects_and_is_connected_to(lab: &Lab) -> anyhow::Result<()> {
     let guest = start(lab, "vsock")?;
     let _echo = serve(lab, &guest, 1000, "EXEC:cat")?;
-    let answer = guest.ask("echo from the guest | socat -t 100 - VSOCK-CONNECT:2:1000", LIMIT)?;
+    let answer = guest.ask("echo from the guest | socat -t 100 - VSOCK-CONNECT:2:1000,retry=9", LIMIT)?;
     ensure!(answer == "from the guest\n", "{answer:?}");
     let refused = guest.ask("socat - VSOCK-CONNECT:2:1001 </dev/null 2>&1 || echo refused", LIMIT)?;
     ensure!(refused.contains("Connection reset") && refused.ends_with("refused\n"), "{refused:?}");
@@ -84,7 +87,7 @@ pub fn linux_closes_in_every_order(lab: &Lab) -> anyhow::Result<()> {
     // Says nothing before it has seen the end.
     let _sum = serve(lab, &guest, 1000, "EXEC:sha256sum")?;
     let expected = guest.here("printf half | sha256sum")?;
-    let answer = guest.ask("printf half | socat -t 100 - VSOCK-CONNECT:2:1000", LIMIT)?;
+    let answer = guest.ask("printf half | socat -t 100 - VSOCK-CONNECT:2:1000,retry=9", LIMIT)?;
     ensure!(answer == expected, "the guest ends its way first: {answer:?}");
     serve_in_guest(&guest, 2000, "EXEC:sha256sum")?;
     let answer = guest.here(&connect(2000, "printf half", "cat"))?;
@@ -92,7 +95,7 @@ pub fn linux_closes_in_every_order(lab: &Lab) -> anyhow::Result<()> {
 
     // The server speaks and is gone before the client, which has ended nothing, has read.
     let _hasty = serve(lab, &guest, 1001, "SYSTEM:'echo hasty'")?;
-    let answer = guest.ask("sleep 3 | socat -t 100 - VSOCK-CONNECT:2:1001", LIMIT)?;
+    let answer = guest.ask("sleep 3 | socat -t 100 - VSOCK-CONNECT:2:1001,retry=9", LIMIT)?;
     ensure!(answer == "hasty\n", "the host closes first: {answer:?}");
     serve_in_guest(&guest, 2001, "SYSTEM:'echo hasty'")?;
     let answer = guest.here(&connect(2001, "sleep 3", "cat"))?;
@@ -101,7 +104,7 @@ pub fn linux_closes_in_every_order(lab: &Lab) -> anyhow::Result<()> {
     // The client sends and is gone, while all is still on its way.
     let keep =
         serve(lab, &guest, 1002, "SYSTEM:'until [ -e go ]; do sleep 0.2; done; cat >kept; touch whole'")?;
-    guest.ask("head -c 200000 /dev/zero | socat -u - VSOCK-CONNECT:2:1002", LIMIT)?;
+    guest.ask("head -c 200000 /dev/zero | socat -u - VSOCK-CONNECT:2:1002,retry=9", LIMIT)?;
     keep.here("touch go")?;
     keep.until("test -e whole", "end of what the guest has sent", LIMIT)?;
     let kept = keep.here("wc -c <kept")?;
@@ -114,7 +117,7 @@ pub fn linux_has_many_connections_at_once(lab: &Lab) -> anyhow::Result<()> {
     let count = scaled(CONNECTIONS);
     let guest = start(lab, "many")?;
     let hold = serve(lab, &guest, 1000, "SYSTEM:'touch up-$$; until [ -e go ]; do sleep 1; done; cat'")?;
-    let client = "(echo $i | socat -t 100 - VSOCK-CONNECT:2:1000 >/tmp/answer-$i 2>&1) &";
+    let client = "(echo $i | socat -t 100 - VSOCK-CONNECT:2:1000,retry=9 >/tmp/answer-$i) &";
     guest.ask(&format!("for i in $(seq {count}); do {client} done"), LIMIT)?;
     let up = format!("test $(ls | grep -c up-) = {count}");
     hold.until(&up, "connection of each program at the same time", LIMIT)?;
@@ -136,7 +139,7 @@ pub fn what_linux_sends_and_gets_is_whole(lab: &Lab) -> anyhow::Result<()> {
     let random = "head -c 1048576 /dev/urandom >random";
     guest.ask(&format!("cd /tmp; {random}"), LIMIT)?;
     let sum = serve(lab, &guest, 1000, "SYSTEM:'sha256sum >sum; touch whole'")?;
-    guest.ask(&format!("({pieces}) | socat -u - VSOCK-CONNECT:2:1000"), 5 * LIMIT)?;
+    guest.ask(&format!("({pieces}) | socat -u - VSOCK-CONNECT:2:1000,retry=9"), 5 * LIMIT)?;
     sum.until("test -e whole", "end of what the guest has sent", LIMIT)?;
     let sent = guest.ask(&format!("({pieces}) | sha256sum"), 5 * LIMIT)?;
     let received = sum.here("cat sum")?;
