@@ -349,3 +349,15 @@ fn ports_that_nobody_claims_go_to_one_listener() {
     bench.engine.unlisten(None);
     assert_eq!(bench.all_sent(), [(Op::Response, other), (Op::Rst, PortPair { guest: 2, host: 9 })]);
 }
+
+#[test]
+fn a_guest_that_has_used_up_its_credit_hears_of_room() {
+    let mut bench = listening();
+    bench.connected_from_guest(PAIR);
+    let window = VsockLimits::default().wide_window;
+    bench.take_bytes(PAIR, &vec![1; window as usize]);
+    assert_eq!(bench.all_sent(), [], "there is no room yet");
+    assert!(bench.read(PAIR).is_ready());
+    let (header, _) = bench.sent().unwrap();
+    assert_eq!((header.op, header.fwd_cnt), (Op::CreditUpdate as u16, window));
+}
