@@ -38,6 +38,12 @@ struct GuestError {
   const notRunning :UInt16 = 69;
   const notSupported :UInt16 = 70;
   const limitExceeded :UInt16 = 71;
+  const connectionRefused :UInt16 = 72;
+  # The guest does not want the connection, or did not answer.
+  const alreadyBound :UInt16 = 73;
+  # The port is in use.
+  const noResources :UInt16 = 74;
+  # There are as many connections as there may be, or no port is free.
 }
 
 struct Failure {
@@ -62,10 +68,11 @@ struct Result {
 }
 
 interface ByteStream {
-  # Bytes towards the guest.
+  # Bytes, one way: towards the guest, or from a vsock connection towards the client, which then implements it.
 
   write @0 (bytes :Data) -> stream;
-  # Queues bytes, in order. Answers once the guest's device has room for them, at most 64 KiB ahead of the guest.
+  # Queues bytes, in order. Answers once there is room for them: at most 64 KiB ahead of the guest's serial port, 256 KiB of a vsock
+  # connection.
   end @1 ();
   # Answers once all that was written has been accepted; fails if any of it was not. The only trustworthy end of a stream.
 }

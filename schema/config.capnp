@@ -2,6 +2,7 @@
 # What a guest is made of. Mirrors fuchsia.virtualization/GuestConfig.
 
 using Common = import "common.capnp";
+using Guest = import "guest.capnp";
 using Snapshot = import "snapshot.capnp";
 
 struct GuestConfig {
@@ -159,10 +160,17 @@ struct NetConfig {
 }
 
 struct VsockConfig {
+  # A vsock device (VIRTIO 1.3, 5.10): see Guest.getHostVsockEndpoint.
+
   listeners @0 :List(Listener);
+  # What the host offers before the guest's first instruction, for as long as the guest lives; at most 1,024.
+  unclaimed @1 :Guest.VsockAcceptor;
+  # Is asked for every other port: its `accept` decides. May be null, and then they are refused.
+
   struct Listener {
     port @0 :UInt32;
-    acceptor @1 :AnyPointer;
+    # Named once: badConfig.
+    acceptor @1 :Guest.VsockAcceptor;
   }
 }
 

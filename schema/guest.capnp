@@ -445,9 +445,35 @@ struct UnitStatus {
 }
 
 interface HostVsockEndpoint {
-  # unimplemented.
-  listen @0 (port :UInt32, acceptor :AnyPointer) -> (listener :AnyPointer, error :Common.Failure);
-  connect @1 (guestPort :UInt32, output :Common.OutputSink) -> (input :Common.ByteStream, error :Common.Failure);
+  # The host's end of the guest's vsock device (VIRTIO 1.3, 5.10): streams between the host, whose address (CID) is 2, and the guest,
+  # whose address is 3. Nothing is lost: a slow end of a stream holds up the other end of that stream, and nobody else.
+  #
+  # Each direction of a stream is a ByteStream: the host's towards the guest is served by the VMM, the guest's towards the host by the
+  # client. `end` ends a direction in order, and the other end learns of it once it has everything. A direction that is dropped without
+  # `end` resets the stream: so the client resets it, and so it learns that the guest has, or that the guest is gone.
+
+  listen @0 (port :UInt32, acceptor :VsockAcceptor) -> (listener :VsockListener, error :Common.Failure);
+  # Offers the guest's programs a port of the host's. alreadyBound if somebody listens there or a connection still has the port,
+  # notRunning once the guest has ended.
+  connect @1 (guestPort :UInt32, output :Common.ByteStream)
+      -> (input :Common.ByteStream, error :Common.Failure, hostPort :UInt32);
+  # Connects to a port of the guest's, from an ephemeral port of the host's (49152 to 65535). What the guest sends goes to `output`.
+  # Answers once the guest has accepted; a guest whose driver is not there yet is waited for, one that has been asked may take 10 s. A
+  # call that is dropped connects to nothing. connectionRefused, noResources without a free port or with 2,048 connections,
+  # notRunning once the guest has ended.
+}
+
+interface VsockListener {
+  # Holds the port. Dropping it refuses what was not accepted, and frees the port once its last connection has ended.
+}
+
+interface VsockAcceptor {
+  # Implemented by the client. Dropped with the listener.
+
+  accept @0 (srcCid :UInt32, srcPort :UInt32, port :UInt32, input :Common.ByteStream)
+      -> (output :Common.ByteStream, error :Common.Failure);
+  # A program of the guest's connects to `port`. What the guest sends goes to `output`; bytes for it go to `input`, and what is written
+  # before the answer waits for it. An error, null as output, or no answer within 10 s refuses: the guest gets a reset.
 }
 
 interface BalloonController {

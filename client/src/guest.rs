@@ -9,6 +9,7 @@ use crate::error::ClientError;
 use crate::events::{Events, Sink};
 use crate::mem::Mem;
 use crate::serial::{ByteStream, Callback, SerialOutput};
+use crate::vsock::VsockEndpoint;
 use futures::FutureExt;
 use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
 use guest_schema::host_capnp::guest_exit;
@@ -46,6 +47,11 @@ impl Guest {
     /// Opens the serial port ttyS0 for its input only.
     pub fn serial_input(&self) -> ByteStream {
         ByteStream::serial(&self.client, None::<Callback<fn(&[u8], u64)>>)
+    }
+
+    /// The host's end of its vsock device.
+    pub fn vsock(&self) -> VsockEndpoint {
+        VsockEndpoint::of(&self.client)
     }
 
     /// Its memory balloon.

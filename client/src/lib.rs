@@ -57,6 +57,7 @@ mod host;
 mod lifecycle;
 mod mem;
 mod serial;
+mod vsock;
 
 pub use balloon::{Balloon, BalloonSize, MemoryStatistic};
 pub use call::Call;
@@ -65,14 +66,19 @@ pub use dump::{CoreDump, DumpError};
 pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
+pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use guest_schema::{
     AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
     EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
     MacAddress, MemDeviceConfig, MemoryConfig, NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport,
     Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd,
-    UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
+    UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;
 pub use mem::{Mem, MemSize};
 pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};
+pub use vsock::{
+    VsockEndpoint, VsockInput, VsockListener, VsockOutput, VsockRequest, VsockRequests, VsockReset,
+    VsockStream, vsock_acceptor,
+};

@@ -17,6 +17,7 @@ use guest_saved_state::devices::net::NetState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
 use guest_saved_state::devices::virtio::VirtioState;
+use guest_saved_state::devices::vsock::VsockState;
 use guest_saved_state::processor::{partition, vp};
 use guest_saved_state::saved_state_roots;
 use libfuzzer_sys::fuzz_target;
@@ -47,6 +48,7 @@ fn roots() -> [Root; 12] {
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
         Root::of::<VirtioState>(),
+        Root::of::<VsockState>(),
         Root::of::<NoSavedState>(),
         Root { name: vp::VpSetState::full_name(), hold: hold_vps },
         Root { name: partition::PartitionState::full_name(), hold: hold_partition },

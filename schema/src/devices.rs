@@ -1,6 +1,7 @@
 //! The devices of a config that a guest has only if they are asked for.
 
 use crate::config_capnp as wire;
+use crate::vsock::VsockConfig;
 use crate::{ConfigFault, MemDeviceConfig, NetConfig, config::not_supported};
 
 /// The devices of a guest, beside those of the board. None, unless asked for.
@@ -8,6 +9,8 @@ use crate::{ConfigFault, MemDeviceConfig, NetConfig, config::not_supported};
 pub struct DevicesConfig {
     /// The entropy device.
     pub rng: bool,
+    /// The vsock device.
+    pub vsock: Option<VsockConfig>,
     /// The memory balloon.
     pub balloon: bool,
     /// Memory that is plugged while the guest runs.
@@ -24,23 +27,31 @@ impl DevicesConfig {
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
         let mem = if reader.has_mem() { Some(MemDeviceConfig::read(reader.get_mem()?)) } else { None };
+        let vsock = match reader.has_vsock() {
+            true => Some(VsockConfig::read(reader.get_vsock()?, faults)?),
+            false => None,
+        };
         Ok(Self {
             rng: reader.get_rng(),
             balloon: reader.get_balloon(),
             mem,
             net: NetConfig::read_all(reader.get_net()?, faults)?,
+            vsock,
         })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng, balloon, mem, net } = self;
+        let Self { rng, balloon, mem, net, vsock } = self;
         builder.set_rng(*rng);
         builder.set_balloon(*balloon);
         if let Some(mem) = mem {
             mem.write(builder.reborrow().init_mem());
         }
-        NetConfig::write_all(net, |count| builder.init_net(count));
+        NetConfig::write_all(net, |count| builder.reborrow().init_net(count));
+        if let Some(vsock) = vsock {
+            vsock.write(builder.init_vsock());
+        }
     }
 }
 
@@ -51,7 +62,6 @@ fn read_unsupported(
     let asked_for = [
         ("block", !reader.get_block()?.is_empty()),
         ("console", reader.get_console()),
-        ("vsock", reader.has_vsock()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),
         ("wayland", reader.get_wayland()),

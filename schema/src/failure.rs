@@ -53,6 +53,9 @@ guest_errors! {
     NotRunning = NOT_RUNNING, "notRunning";
     NotSupported = NOT_SUPPORTED, "notSupported";
     LimitExceeded = LIMIT_EXCEEDED, "limitExceeded";
+    ConnectionRefused = CONNECTION_REFUSED, "connectionRefused";
+    AlreadyBound = ALREADY_BOUND, "alreadyBound";
+    NoResources = NO_RESOURCES, "noResources";
 }
 
 impl GuestError {
@@ -308,7 +311,7 @@ mod tests {
     #[test]
     fn codes_are_fuchsias_by_number() {
         let numbers: Vec<u16> = GuestError::ALL.iter().map(|error| error.code()).collect();
-        let expected: Vec<u16> = (1..=15).chain(64..=71).collect();
+        let expected: Vec<u16> = (1..=15).chain(64..=74).collect();
         assert_eq!(numbers, expected);
         assert_eq!(GuestError::from_code(3), GuestError::BadConfig);
         assert_eq!(GuestError::from_code(999), GuestError::InternalError);

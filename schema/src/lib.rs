@@ -16,6 +16,7 @@ mod net;
 mod state;
 mod timeline;
 mod units;
+mod vsock;
 
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
@@ -32,6 +33,7 @@ pub use net::{MacAddress, NetBackend, NetConfig, NotAMacAddress};
 pub use state::{GuestState, Panic, Phase, Rendering, UnitStatus, VpState};
 pub use timeline::{Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
+pub use vsock::VsockConfig;
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.
 pub const PROTOCOL: u32 = 1;

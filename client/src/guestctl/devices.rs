@@ -5,6 +5,7 @@ mod net;
 mod tap;
 
 use crate::ending::Outcome;
+use crate::run::VsockOption;
 use clap::Args;
 use guest_client::{DevicesConfig, Lifecycle, MemDeviceConfig};
 use net::{NetOption, OpenNet};
@@ -30,6 +31,9 @@ pub struct DeviceOptions {
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux
     #[arg(long)]
     pub rng: bool,
+    /// Give the guest a vsock device; with a path, programs reach it through Unix sockets: `--vsock path=web.sock`
+    #[arg(long, value_name = "path=SOCKET", num_args = 0..=1, default_missing_value = "")]
+    pub vsock: Option<VsockOption>,
     /// Give the guest a memory balloon (virtio-balloon), which gives free pages back to the host by itself, and others when asked:
     /// guestctl update ID balloon/device/requested_pages 25600
     #[arg(long)]
@@ -62,9 +66,9 @@ pub struct OpenDevices {
 }
 
 impl OpenDevices {
-    /// The devices of a guest of this lifecycle.
+    /// The devices of a guest of this lifecycle. A vsock device comes with its sockets.
     pub fn config(self, lifecycle: &Lifecycle) -> Outcome<DevicesConfig> {
         let net = self.net.into_iter().map(|net| net.config(lifecycle)).collect::<Outcome<_>>()?;
-        Ok(DevicesConfig { rng: self.rng, balloon: self.balloon, mem: self.mem, net })
+        Ok(DevicesConfig { rng: self.rng, balloon: self.balloon, mem: self.mem, net, vsock: None })
     }
 }

@@ -297,7 +297,12 @@ Examples:
   guestctl run --cpus 2 --cpu-affinity 0=0,1=1 --cpuid-mask 7.0:ebx=0x20    (a VP a CPU, and no AVX2)
   printf 'memory\\npoweroff\\n' | guestctl run --json
   echo debug-exit 16 | guestctl run --debug-exit; test $? = 33
-  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'";
+  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'
+  guestctl run --kernel vmlinuz --initrd initrd.gz --vsock path=web.sock
+
+--vsock path=web.sock: write `CONNECT 80` and a newline to web.sock, and it is connected to the guest's port 80 once it has answered \
+`OK` and the host's port; it is closed if the guest refuses. What the guest connects to at the host's port 1234 (CID 2) is the Unix \
+socket web.sock_1234, if somebody listens there.";
 
 /// `guestctl run`.
 #[derive(Debug, Args)]

@@ -4,10 +4,12 @@ mod balloon;
 pub(crate) mod mem;
 mod net;
 mod rng;
+mod vsock;
 
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
 use ::devices::virtio::mem::MemHandle;
+use ::devices::virtio::vsock::VsockHost;
 use guest_schema::{ConfigFault, DevicesConfig, Failure, GuestConfig};
 use guest_transport::Descriptors;
 use std::ops::Range;
@@ -27,6 +29,7 @@ pub(crate) struct RequestedDevices {
 pub(crate) struct HostEnds {
     pub balloon: Option<BalloonHandle>,
     pub mem: Option<MemHandle>,
+    pub vsock: Option<VsockHost>,
 }
 
 /// What the devices of a config have on the host: descriptors, taken from the channel on which the config came.
@@ -49,6 +52,7 @@ pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<Requ
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
     mem::add(config, &mut devices)?;
+    vsock::add(&config.devices, &mut devices);
     Ok(devices)
 }
 

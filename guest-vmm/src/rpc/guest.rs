@@ -4,6 +4,7 @@ use super::balloon::Balloon;
 use super::mem::Mem;
 use super::observer::Observed;
 use super::streams::{SerialStream, pump};
+use super::vsock::VsockEndpoint;
 use crate::guest::Guest;
 use guest_schema::common_capnp::byte_stream;
 use guest_schema::guest_capnp::{guest, observer};
@@ -45,6 +46,22 @@ impl guest::Server for BoundGuest {
         let mut results = results.get();
         results.set_input(broken(&failure));
         failure.write(results.init_error());
+        Ok(())
+    }
+
+    async fn get_host_vsock_endpoint(
+        self: Rc<Self>,
+        _: guest::GetHostVsockEndpointParams,
+        mut results: guest::GetHostVsockEndpointResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        match self.0.end_of("vsock device", |ends| ends.vsock.clone()) {
+            Ok(host) => results.set_endpoint(capnp_rpc::new_client(VsockEndpoint::new(host))),
+            Err(failure) => {
+                results.set_endpoint(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
         Ok(())
     }
 

@@ -9,6 +9,8 @@ mod mem;
 mod observer;
 mod streams;
 mod vmm;
+mod vsock;
 
 pub(crate) use lifecycle::Lifecycle;
 pub(crate) use vmm::VmmChannel;
+pub(crate) use vsock::serve as serve_vsock;

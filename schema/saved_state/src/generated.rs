@@ -25,7 +25,9 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod serial; /// Virtio devices: what their transport keeps.
     #[rustfmt::skip]
-    pub mod virtio;
+    pub mod virtio; /// The socket device.
+    #[rustfmt::skip]
+    pub mod vsock;
 }
 
 /// The messages of the VPs and the partition.

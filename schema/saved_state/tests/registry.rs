@@ -31,6 +31,7 @@ fn every_root_is_listed_by_its_name() {
         "devices.rtc.RtcState",
         "devices.serial.SerialPortState",
         "devices.virtio.VirtioState",
+        "devices.vsock.VsockState",
         "processor.partition.PartitionState",
         "processor.vp.VpSetState",
         "save_restore.NoSavedState",

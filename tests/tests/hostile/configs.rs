@@ -319,7 +319,7 @@ async fn what_is_not_supported_is_listed() -> Story {
         "block: not supported",
         "net[0].backend.vhostUser: not supported",
         "console: not supported",
-        "vsock: not supported",
+        "vsock.listeners[0].acceptor: none was given",
         "units[0].unit: none was given",
         "gpu: not supported",
         "sound: not supported",

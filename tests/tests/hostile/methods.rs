@@ -62,8 +62,18 @@ async fn create(lifecycle: &guest_lifecycle::Client) -> Story {
     Ok(Failure::read_result(created.get()?.get_result()?)??)
 }
 
+/// A guest without the device says so, and so do calls that did not wait for that.
+async fn of_no_vsock(guest: &guest::Client) -> Story {
+    let sent = guest.get_host_vsock_endpoint_request().send();
+    let connected = sent.pipeline.get_endpoint().connect_request().send().promise;
+    let answer = sent.promise.await?;
+    let failure = Failure::read(answer.get()?.get_error()?)?;
+    expect("getHostVsockEndpoint", failure.code, GuestError::DeviceNotPresent)?;
+    expect("a connection to nowhere", connected.await.is_err(), true)
+}
+
 async fn of_the_guest(guest: &guest::Client) -> Story {
-    unimplemented("getHostVsockEndpoint", guest.get_host_vsock_endpoint_request().send().promise).await?;
+    of_no_vsock(guest).await?;
     of_no_balloon(guest).await?;
     let answer = guest.get_mem_controller_request().send().promise.await?;
     let failure = Failure::read(answer.get()?.get_error()?)?;

@@ -5,6 +5,7 @@ mod balloon;
 mod board;
 mod mem;
 mod rng;
+mod vsock;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -56,6 +57,10 @@ fn main() -> ExitCode {
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
         test("memory_is_plugged_and_unplugged", mem::memory_is_plugged_and_unplugged),
+        test("linux_connects_and_is_connected_to", vsock::linux_connects_and_is_connected_to),
+        test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
+        test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),
+        test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
     ];
     requirements::run(trials, || SHARED.close())
 }

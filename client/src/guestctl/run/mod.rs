@@ -9,6 +9,7 @@ mod input;
 mod output;
 mod report;
 mod terminal;
+mod vsock;
 
 use crate::ending::{Outcome, Trouble};
 use crate::options::{Options, Run};
@@ -22,8 +23,10 @@ use output::Output;
 use report::{Clock, Ended, Report, Timings};
 use std::time::Duration;
 use tokio::task::JoinHandle;
+use vsock::Bridge;
 
 pub use files::{builtin_guest, in_memory};
+pub use vsock::VsockOption;
 
 /// How long the service may take to tell how a guest ended whose channel was lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -34,9 +37,10 @@ const LEFT: i32 = 2;
 /// Boots a guest and stays until it has ended.
 pub async fn run(options: &Options, run: &Run, out: &Out) -> Outcome {
     let files = Files::open(run)?;
+    let bridge = run.devices.vsock.as_ref().map(Bridge::open).transpose()?;
     let mut signals = Signals::watch()?;
     let launcher = service::running_or_private(options).await?;
-    let report = Life::begin(&launcher, run, files, out)?.live(&mut signals).await?;
+    let report = Life::begin(&launcher, run, files, bridge, out)?.live(&mut signals).await?;
     unless_interrupted(launcher.close(), &mut signals).await?;
     report.tell(run.json)
 }
@@ -64,18 +68,30 @@ struct Life {
     running: Call<()>,
     output: Output,
     input: Input,
+    _bridge: Option<Bridge>,
 }
 
 impl Life {
     /// Sends launch, create, bind, getSerial and run.
-    fn begin(launcher: &Launcher, run: &Run, files: Files, out: &Out) -> Outcome<Self> {
+    fn begin(
+        launcher: &Launcher,
+        run: &Run,
+        files: Files,
+        mut bridge: Option<Bridge>,
+        out: &Out,
+    ) -> Outcome<Self> {
         let clock = Clock::start();
         let host = &launcher.host;
         let launched = if run.proxied { host.launch_proxied(&run.name) } else { host.launch(&run.name)? };
         let Launched { lifecycle, exit, id } = launched;
         let mut output = Output::start(out, clock)?;
-        let created = timed(clock, lifecycle.create(&config(run, files, &lifecycle)?));
+        let mut config = config(run, files, &lifecycle)?;
+        config.devices.vsock = bridge.as_mut().map(Bridge::config);
+        let created = timed(clock, lifecycle.create(&config));
         let guest = lifecycle.bind();
+        if let Some(bridge) = &mut bridge {
+            bridge.serve(guest.vsock());
+        }
         let serial = guest.serial(output.sink());
         Ok(Self {
             clock,
@@ -88,6 +104,7 @@ impl Life {
             output,
             input: Input::start(serial, run.no_stdin)?,
             lifecycle,
+            _bridge: bridge,
         })
     }
 

@@ -30,6 +30,7 @@ mod rng;
 mod saved;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 
 #[cfg(any(test, feature = "fake-driver"))]
 pub mod fake_driver;

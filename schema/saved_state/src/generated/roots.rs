@@ -9,6 +9,7 @@ impl ::save_restore::SavedStateRoot for crate::devices::net::NetState {}
 impl ::save_restore::SavedStateRoot for crate::devices::rtc::RtcState {}
 impl ::save_restore::SavedStateRoot for crate::devices::serial::SerialPortState {}
 impl ::save_restore::SavedStateRoot for crate::devices::virtio::VirtioState {}
+impl ::save_restore::SavedStateRoot for crate::devices::vsock::VsockState {}
 impl ::save_restore::SavedStateRoot for crate::processor::partition::PartitionState {}
 impl ::save_restore::SavedStateRoot for crate::processor::vp::VpSetState {}
 
@@ -24,6 +25,7 @@ pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::rtc::RtcState>(),
     crate::registry::Root::of::<crate::devices::serial::SerialPortState>(),
     crate::registry::Root::of::<crate::devices::virtio::VirtioState>(),
+    crate::registry::Root::of::<crate::devices::vsock::VsockState>(),
     crate::registry::Root::of::<crate::processor::partition::PartitionState>(),
     crate::registry::Root::of::<crate::processor::vp::VpSetState>(),
     crate::registry::Root::of::<::save_restore::NoSavedState>(),
