@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
+use guest_saved_state::devices::block::BlockState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
@@ -32,8 +33,9 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 8] {
+fn roots() -> [Root; 9] {
     [
+        Root::of::<BlockState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<RtcState>(),

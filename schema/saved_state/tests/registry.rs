@@ -22,6 +22,7 @@ fn describe<T: SavedStateRoot>(state: &T) -> String {
 fn every_root_is_listed_by_its_name() {
     let names: Vec<&str> = saved_state_roots().type_names().collect();
     let expected = [
+        "devices.block.BlockState",
         "devices.i8042.I8042State",
         "devices.ioapic.IoApicState",
         "devices.rtc.RtcState",
