@@ -1,4 +1,7 @@
-//! Unmodified Debian Linux as a guest, in the lab: its boots and its ends, its processors, memory, clock and console.
+//! Unmodified Debian Linux as a guest, in the lab: its boots and its ends, its processors, memory, clock and console; and its
+//! drivers with our devices, a file for each.
+
+mod rng;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         test("a_panic_that_stays_runs_until_it_is_stopped", a_panic_that_stays_runs_until_it_is_stopped),
         test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
         test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
+        test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
     ];
     requirements::run(trials, || SHARED.close())
 }
