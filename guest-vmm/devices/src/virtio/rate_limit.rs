@@ -1,7 +1,7 @@
 //! Rate limits: token buckets for bytes and for operations, whose rates may be changed from any thread.
 //!
-//! A bucket fills at its rate up to its burst. Work is admitted while there is anything in both buckets, and takes what it costs,
-//! even if that is more than there was: so what is larger than a burst passes too, and those behind it wait the longer. Averages hold.
+//! A bucket fills at its rate up to its burst. Work is admitted once both buckets hold what it costs, and takes it. What costs more
+//! than a burst waits for a full bucket and leaves it in debt: those behind it wait the longer, and the average holds.
 
 use inspect::{Inspect, Request};
 use std::convert::Infallible;
@@ -99,8 +99,8 @@ impl Bucket {
         Self { level: None, filled_at: Instant::now() }
     }
 
-    /// How long it is until there is something; `None` if there is now.
-    fn wait(&mut self, rate: Rate, now: Instant) -> Option<Duration> {
+    /// How long it is until so much can be taken; `None` if it can now.
+    fn wait(&mut self, rate: Rate, cost: u64, now: Instant) -> Option<Duration> {
         if rate.per_second == 0 {
             self.level = None;
             return None;
@@ -110,7 +110,8 @@ impl Bucket {
         let gained = i128::try_from(elapsed).unwrap_or(i128::MAX).saturating_mul(per_second);
         let level = self.level.map_or(full, |level| level.saturating_add(gained).min(full));
         (self.level, self.filled_at) = (Some(level), now);
-        let nanos = (level <= 0).then(|| (1 - level + per_second - 1) / per_second)?;
+        let missing = (i128::from(cost) * NANOS).min(full) - level;
+        let nanos = (missing > 0).then(|| (missing + per_second - 1) / per_second)?;
         Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }
 
@@ -146,7 +147,7 @@ impl RateLimiter {
             return Ok(());
         }
         let now = Instant::now();
-        let waits = [self.bytes.wait(byte_rate, now), self.operations.wait(operation_rate, now)];
+        let waits = [self.bytes.wait(byte_rate, bytes, now), self.operations.wait(operation_rate, 1, now)];
         if let Some(wait) = waits.into_iter().flatten().max() {
             return Err(wait);
         }

@@ -25,12 +25,12 @@ const RANGE_BYTES: u64 = 16;
 
 /// How a request ends that no disk has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
+#[repr(u32)]
 pub(super) enum Refused {
     /// It cannot be done, or is wrong.
-    IoError = VIRTIO_BLK_S_IOERR as u8,
+    IoError = VIRTIO_BLK_S_IOERR,
     /// The device does not do such things.
-    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
+    Unsupported = VIRTIO_BLK_S_UNSUPP,
 }
 
 /// What a request asks for.

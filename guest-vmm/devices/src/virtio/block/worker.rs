@@ -252,9 +252,10 @@ impl Job {
         let Self { queue, chain, status, writes, what: _ } = self;
         let Some(queue) = &mut queues[queue] else { return Ok(()) };
         let (code, written) = match result {
-            Ok(()) => (VIRTIO_BLK_S_OK as u8, writes + 1),
-            Err(refused) => (refused as u8, 1),
+            Ok(()) => (VIRTIO_BLK_S_OK, writes + 1),
+            Err(refused) => (refused as u32, 1),
         };
+        let code = u8::try_from(code).expect("a code of 8 bits");
         let not_there = |error| DeviceFault::Driver(format!("a request's status: {error}"));
         status.writer(memory).map_err(not_there)?.write_all(&[code]).map_err(DeviceFault::Host)?;
         Ok(queue.complete(chain, written)?)

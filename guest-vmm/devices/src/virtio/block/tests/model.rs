@@ -10,7 +10,7 @@ const DISK: u64 = 64;
 enum Step {
     Read { sector: u64, sectors: u64, cut: u32 },
     Write { sector: u64, sectors: u64, seed: u64, cut: usize },
-    Zero { sector: u64, sectors: u32, unmap: bool },
+    Zero { sector: u64, sectors: u64, unmap: bool },
     Flush,
     Restart,
     Writeback(bool),
@@ -23,7 +23,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => (place(), any::<u64>(), 1..600usize)
             .prop_map(|((sector, sectors), seed, cut)| Step::Write { sector, sectors, seed: seed >> 16, cut }),
         2 => (place(), any::<bool>())
-            .prop_map(|((sector, sectors), unmap)| Step::Zero { sector, sectors: sectors as u32, unmap }),
+            .prop_map(|((sector, sectors), unmap)| Step::Zero { sector, sectors, unmap }),
         1 => Just(Step::Flush),
         1 => Just(Step::Restart),
         1 => any::<bool>().prop_map(Step::Writeback),
@@ -65,8 +65,11 @@ fn go(stage: &mut Stage, model: &mut [u8], step: &Step) {
             }
         }
         Step::Zero { sector, sectors, unmap } => {
-            let range = inside(sector, sectors.into());
-            let status = stage.range(VIRTIO_BLK_T_WRITE_ZEROES, sector, sectors, unmap.into());
+            let range = inside(sector, sectors);
+            let status = {
+                let sectors = u32::try_from(sectors).unwrap();
+                stage.range(VIRTIO_BLK_T_WRITE_ZEROES, sector, sectors, unmap.into())
+            };
             assert_eq!(status, expected(&range));
             if let Some(range) = range {
                 model[range].fill(0);
