@@ -303,7 +303,22 @@ struct Event {
     transition @4 :TransitionEnd;
     terminated @5 :Exit;
     # It has ended.
+    deviceError @6 :DeviceError;
+    # The host has failed a device.
   }
+}
+
+struct DeviceError {
+  # The host failed what a device was to do; the guest was told, as hardware tells it. At most eight of one device in ten seconds.
+
+  device @0 :Text;
+  # The device's state unit.
+  operation @1 :Text;
+  # Of a disk: read, write, flush, discard, or "write of zeros".
+  detail @2 :Text;
+  # What the host says.
+  suppressed @3 :UInt64;
+  # How many more there were since the last one that was told.
 }
 
 struct TransitionEnd {

@@ -1,6 +1,7 @@
 //! A guest's config on its way in: what was asked for, the files already taken from the channel, and the limits it is held to.
 
 use crate::client_units;
+use crate::devices::block;
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
 use guest_schema::{
@@ -41,6 +42,8 @@ pub(crate) struct RequestedGuest {
     pub config: GuestConfig,
     pub kernel: Option<Source>,
     pub ramdisk: Option<Source>,
+    /// Of each disk in the config.
+    pub images: Vec<Option<OwnedFd>>,
     faults: Vec<ConfigFault>,
 }
 
@@ -61,7 +64,8 @@ impl RequestedGuest {
         };
         let kernel = take(&config.kernel, "source.boot.kernel");
         let ramdisk = take(&config.ramdisk, "source.boot.ramdisk");
-        Ok(Self { config, kernel, ramdisk, faults })
+        let images = block::take_images(&config.devices.block, descriptors, &mut faults);
+        Ok(Self { config, kernel, ramdisk, images, faults })
     }
 
     pub fn on_reset(&self) -> OnReset {
@@ -139,6 +143,7 @@ fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
         fault("source.boot.cmdline", format!("there is a NUL at byte {position}"));
     }
     faults.extend(affinity_faults(config, limits));
+    faults.extend(block::faults(&config.devices.block));
     faults.extend(client_units::faults(&config.units));
     faults
 }

@@ -2,7 +2,7 @@
 
 use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
-use crate::devices;
+use crate::devices::{self, DeviceErrors};
 use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::spawn_local;
 
 /// Cancels a create: waits in it end at once, blocking work ends between two of its steps.
 #[derive(Clone, Default)]
@@ -69,7 +70,7 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let config = tokio::select! {
+        let (config, errors) = tokio::select! {
             config = machine_config(requested) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
         };
@@ -86,6 +87,7 @@ impl Vm {
             }
         };
         let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), settings));
+        spawn_local(tell(errors, guest.clone()));
         Ok(Self { machine, client_units, halts, guest })
     }
 
@@ -190,8 +192,8 @@ async fn told(
     result
 }
 
-async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Failure> {
-    let RequestedGuest { config, kernel, ramdisk, .. } = requested;
+async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, DeviceErrors), Failure> {
+    let RequestedGuest { config, kernel, ramdisk, images, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
     let kernel = files::obtain(kernel, "source.boot.kernel", limit).await?;
@@ -202,7 +204,8 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
         }
         None => None,
     };
-    Ok(MachineConfig {
+    let (devices, errors) = devices::requested(&config.devices, images)?;
+    let config = MachineConfig {
         vps: config.cpus,
         affinity: vp_cpus(&config),
         cpuid_mask: cpuid_masks(&config.cpuid_mask),
@@ -213,10 +216,18 @@ async fn machine_config(requested: RequestedGuest) -> Result<MachineConfig, Fail
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
-        devices: devices::requested(&config.devices).specs,
+        devices: devices.specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         inject: None,
-    })
+    };
+    Ok((config, errors))
+}
+
+/// Tells the guest's subscribers what the host has failed its devices in, until the devices are gone.
+async fn tell(mut errors: DeviceErrors, guest: Rc<Guest>) {
+    while let Some(error) = errors.recv().await {
+        guest.events().device_error(error);
+    }
 }
 
 /// What a create answers that a stop has cancelled.

@@ -345,7 +345,7 @@ fn write_cpuid_mask(
     }
 }
 
-fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault>) -> String {
+pub(crate) fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault>) -> String {
     if let Ok(text) = text.to_str() {
         return text.to_owned();
     }
@@ -354,7 +354,7 @@ fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault
     text
 }
 
-fn read_file(
+pub(crate) fn read_file(
     reader: file_source::Reader<'_>,
     field: &str,
     faults: &mut Vec<ConfigFault>,
@@ -370,7 +370,7 @@ fn read_file(
     })
 }
 
-fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>) {
+pub(crate) fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>) {
     match source {
         None => builder.set_none(()),
         Some(FileSource::Descriptor(number)) => builder.set_descriptor(*number),
@@ -402,7 +402,7 @@ mod tests {
             ],
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
-            devices: DevicesConfig { rng: true },
+            devices: DevicesConfig { rng: true, ..DevicesConfig::default() },
             units: Vec::new(),
             catch_up_time: true,
         };
@@ -444,11 +444,11 @@ mod tests {
     fn everything_not_supported_is_named() {
         let read = message(|mut builder| {
             builder.reborrow().get_source().init_boot().set_kernel_type(wire::KernelType::Zircon);
-            builder.reborrow().init_block(1);
+            builder.reborrow().init_net(1);
             builder.reborrow().init_vsock();
             builder.set_gpu(true);
         });
         let fields: Vec<&str> = read.faults.iter().map(|fault| &fault.field[..]).collect();
-        assert_eq!(fields, ["source.boot.kernelType", "block", "vsock", "gpu"]);
+        assert_eq!(fields, ["source.boot.kernelType", "net", "vsock", "gpu"]);
     }
 }

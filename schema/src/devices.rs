@@ -1,11 +1,13 @@
 //! The devices of a config that a guest has only if they are asked for.
 
 use crate::config_capnp as wire;
-use crate::{ConfigFault, config::not_supported};
+use crate::{BlockConfig, ConfigFault, config::not_supported};
 
 /// The devices of a guest, beside those of the board. None, unless asked for.
 #[derive(Debug, Clone, Default)]
 pub struct DevicesConfig {
+    /// Disks, in the order in which the guest finds them.
+    pub block: Vec<BlockConfig>,
     /// The entropy device.
     pub rng: bool,
 }
@@ -17,12 +19,14 @@ impl DevicesConfig {
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
-        Ok(Self { rng: reader.get_rng() })
+        let block = BlockConfig::read_all(reader.get_block()?, faults)?;
+        Ok(Self { block, rng: reader.get_rng() })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng } = self;
+        let Self { block, rng } = self;
+        BlockConfig::write_all(block, |count| builder.reborrow().init_block(count));
         builder.set_rng(*rng);
     }
 }
@@ -32,7 +36,6 @@ fn read_unsupported(
     faults: &mut Vec<ConfigFault>,
 ) -> capnp::Result<()> {
     let asked_for = [
-        ("block", !reader.get_block()?.is_empty()),
         ("net", !reader.get_net()?.is_empty()),
         ("console", reader.get_console()),
         ("vsock", reader.has_vsock()),

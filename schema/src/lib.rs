@@ -6,6 +6,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("guestd runs on Linux on x86-64 only");
 
+mod block;
 mod config;
 mod debug;
 mod devices;
@@ -15,6 +16,7 @@ mod state;
 mod timeline;
 mod units;
 
+pub use block::{BlockConfig, BlockMode, RateLimits};
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
 };
@@ -26,7 +28,7 @@ pub use devices::DevicesConfig;
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};
-pub use timeline::{Event, EventKind, StepOutcome, Transition, TransitionEnd, UnitStep};
+pub use timeline::{DeviceError, Event, EventKind, StepOutcome, Transition, TransitionEnd, UnitStep};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.

@@ -1,20 +1,42 @@
 //! The options of `guestctl run` for devices.
 
+use crate::disk::{self, Disk, OpenDisk};
+use crate::ending::Outcome;
 use clap::Args;
-use guest_client::DevicesConfig;
+use guest_client::{DevicesConfig, Lifecycle};
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices")]
 pub struct DeviceOptions {
+    /// Give the guest a disk (virtio-blk): path=FILE of a raw image or block device, then any of id=TEXT (its serial number),
+    /// readonly=on, bps=SIZE and iops=N (limits a second; bps-burst, iops-burst), queues=N; may be given again
+    #[arg(long, value_name = "DISK", value_parser = disk::parse)]
+    pub disk: Vec<Disk>,
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux
     #[arg(long)]
     pub rng: bool,
 }
 
 impl DeviceOptions {
-    /// What they ask for.
-    pub fn config(&self) -> DevicesConfig {
-        DevicesConfig { rng: self.rng }
+    /// Opens the files that they name.
+    pub fn open(&self) -> Outcome<OpenDevices> {
+        let disks = self.disk.iter().map(Disk::open).collect::<Outcome<_>>()?;
+        Ok(OpenDevices { disks, rng: self.rng })
+    }
+}
+
+/// What was asked for, its files open.
+#[derive(Debug)]
+pub struct OpenDevices {
+    disks: Vec<OpenDisk>,
+    rng: bool,
+}
+
+impl OpenDevices {
+    /// As a config for this lifecycle.
+    pub fn config(self, lifecycle: &Lifecycle) -> DevicesConfig {
+        let block = self.disks.into_iter().map(|disk| disk.config(lifecycle)).collect();
+        DevicesConfig { block, rng: self.rng }
     }
 }

@@ -268,7 +268,9 @@ Examples:
   guestctl run --memory 64M --cpus 4
   guestctl run --cpus 2 --cpu-affinity 0=0,1=1 --cpuid-mask 7.0:ebx=0x20    (a VP a CPU, and no AVX2)
   printf 'memory\\npoweroff\\n' | guestctl run --json
-  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'";
+  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'
+  guestctl run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk path=root.img,id=root
+  guestctl run --disk path=data.img,bps=100M,iops=5000 --disk path=tools.img,readonly=on";
 
 /// `guestctl run`.
 #[derive(Debug, Args)]

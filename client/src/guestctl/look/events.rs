@@ -23,6 +23,13 @@ fn what(kind: &EventKind) -> String {
             let detail = if exit.detail.is_empty() { String::new() } else { format!(": {}", exit.detail) };
             format!("terminated, {}{detail}", exit.outcome.name())
         }
+        EventKind::DeviceError(error) => {
+            let more = match error.suppressed {
+                0 => String::new(),
+                count => format!(" (and {count} more)"),
+            };
+            format!("{}: a {} failed: {}{more}", error.device, error.operation, error.detail)
+        }
     }
 }
 
@@ -42,6 +49,12 @@ pub fn as_json(event: &Event) -> String {
             "failure": end.failure.as_ref().map_or(Value::Null, |failure| json!(failure.chain())),
         }),
         EventKind::Terminated(exit) => json!({"terminated": exit.outcome.name(), "detail": exit.detail}),
+        EventKind::DeviceError(error) => json!({
+            "device_error": error.device,
+            "operation": error.operation,
+            "detail": error.detail,
+            "suppressed": error.suppressed,
+        }),
     };
     format!("{object}\n")
 }
@@ -49,7 +62,7 @@ pub fn as_json(event: &Event) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_client::{Exit, Failure, GuestError, Phase, TransitionEnd};
+    use guest_client::{DeviceError, Exit, Failure, GuestError, Phase, TransitionEnd};
 
     fn event(kind: EventKind) -> Event {
         Event { sequence: 4, missed: 0, at_us: 3_723_000_042, kind }
@@ -68,6 +81,15 @@ mod tests {
             (
                 EventKind::Terminated(Exit::clean("it powered off")),
                 "01:02:03.000042      4  terminated, clean: it powered off\n".to_owned(),
+            ),
+            (
+                EventKind::DeviceError(DeviceError {
+                    device: "block0".into(),
+                    operation: "write".into(),
+                    detail: "no space".into(),
+                    suppressed: 3,
+                }),
+                "01:02:03.000042      4  block0: a write failed: no space (and 3 more)\n".to_owned(),
             ),
         ];
         for (kind, expected) in cases {

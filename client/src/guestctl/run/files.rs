@@ -1,5 +1,6 @@
-//! The files that a guest is booted from, opened with the user's own rights.
+//! The files that a guest is booted from and works with, opened with the user's own rights.
 
+use crate::devices::OpenDevices;
 use crate::ending::{Outcome, Trouble};
 use crate::options::Run;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -13,6 +14,8 @@ pub struct Files {
     pub kernel: File,
     /// The initrd.
     pub initrd: Option<File>,
+    /// Its devices, with what they need.
+    pub devices: OpenDevices,
 }
 
 impl Files {
@@ -23,7 +26,7 @@ impl Files {
             None => builtin_guest()?,
         };
         let initrd = run.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
-        Ok(Self { kernel, initrd })
+        Ok(Self { kernel, initrd, devices: run.devices.open()? })
     }
 }
 

@@ -145,7 +145,7 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
         },
         on_reset: run.on_reset.into(),
         units: Vec::new(),
-        devices: run.devices.config(),
+        devices: files.devices.config(lifecycle),
         catch_up_time: run.catch_up_time,
     }
 }
