@@ -39,6 +39,7 @@ interface Guest {
   # The virtio console. deviceNotPresent without one.
   getHostVsockEndpoint @2 () -> (endpoint :HostVsockEndpoint, error :Common.Failure);
   getBalloonController @3 () -> (controller :BalloonController, error :Common.Failure);
+  # deviceNotPresent without one, like getMemController.
   getMemController @4 () -> (controller :MemController, error :Common.Failure);
   observer @5 () -> (observer :Observer, error :Common.Failure);
   whenTerminated @6 () -> (exit :Exit);
@@ -430,10 +431,23 @@ interface HostVsockEndpoint {
 }
 
 interface BalloonController {
-  # unimplemented.
+  # The memory balloon: the guest's pages that are given back to the host, 4 KiB each. All: notRunning once the guest has ended.
+
   size @0 () -> (currentPages :UInt32, requestedPages :UInt32, error :Common.Failure);
+  # How many pages the guest says that are in the balloon, and how many are wanted there.
   requestNumPages @1 (pages :UInt32) -> (acceptedPages :UInt32, error :Common.Failure);
-  memoryStatistics @2 () -> (json :Text, error :Common.Failure);
+  # Asks the guest for so many pages in the balloon, more or fewer than there are. Answers with the target, at once: the guest
+  # takes its time, and may never get there. limitExceeded for more than it has.
+  memoryStatistics @2 () -> (statistics :List(MemoryStatistic), error :Common.Failure);
+  # What the guest says of its memory, asked now. notSupported while its driver gives none, transitionTimedOut if it does not
+  # answer within two seconds, limitExceeded while 16 wait for an answer.
+}
+
+struct MemoryStatistic {
+  # One figure of the guest's, by the number that VIRTIO 1.3, 5.5.6.3 gives it.
+
+  tag @0 :UInt16;
+  value @1 :UInt64;
 }
 
 interface MemController {

@@ -1,5 +1,6 @@
 //! A guest's user, operator and observers.
 
+use crate::balloon::Balloon;
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::channel::Channel;
 use crate::debugger::Debugger;
@@ -44,6 +45,11 @@ impl Guest {
     /// Opens the serial port ttyS0 for its input only.
     pub fn serial_input(&self) -> ByteStream {
         ByteStream::serial(&self.client, None::<Callback<fn(&[u8], u64)>>)
+    }
+
+    /// Its memory balloon.
+    pub fn balloon(&self) -> Balloon {
+        Balloon::open(&self.client)
     }
 
     /// A look at the guest.

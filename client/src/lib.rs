@@ -43,6 +43,7 @@
 //!
 //! Limits: one host, Unix sockets only.
 
+mod balloon;
 mod call;
 mod channel;
 mod debugger;
@@ -55,6 +56,7 @@ mod host;
 mod lifecycle;
 mod serial;
 
+pub use balloon::{Balloon, BalloonSize, MemoryStatistic};
 pub use call::Call;
 pub use debugger::{Debugger, MemoryRead};
 pub use dump::{CoreDump, DumpError};

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
+use guest_saved_state::devices::balloon::BalloonState;
 use guest_saved_state::devices::block::BlockState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
@@ -33,8 +34,9 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 9] {
+fn roots() -> [Root; 10] {
     [
+        Root::of::<BalloonState>(),
         Root::of::<BlockState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),

@@ -1,7 +1,7 @@
 //! A guest's config on its way in: what was asked for, the files already taken from the channel, and the limits it is held to.
 
-use crate::client_units;
 use crate::devices::block;
+use crate::{client_units, devices};
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
 use guest_schema::{
@@ -143,7 +143,7 @@ fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
         fault("source.boot.cmdline", format!("there is a NUL at byte {position}"));
     }
     faults.extend(affinity_faults(config, limits));
-    faults.extend(block::faults(&config.devices.block));
+    faults.extend(devices::faults(config));
     faults.extend(client_units::faults(&config.units));
     faults
 }

@@ -1,10 +1,11 @@
 //! One guest as its holders see it. It outlives the VM: holders learn how the guest ended.
 
+use crate::devices::HostEnds;
 use crate::events::EventLog;
 use crate::serial::SerialLog;
 use crate::settings::Settings;
 use crate::shown;
-use devices::SerialInput;
+use ::devices::SerialInput;
 use guest_schema::{Exit, Failure, GuestError, GuestState, OnReset, Phase, Transition, UnitStatus, chain};
 use inspect::{Inspection, Node, Request, Update, UpdateError, View};
 use machine::{CoreDump, DumpError, MachineView};
@@ -56,17 +57,24 @@ pub(crate) struct Guest {
 struct Live {
     input: SerialInput,
     view: Arc<MachineView>,
+    ends: HostEnds,
 }
 
 impl Guest {
-    pub fn new(log: Arc<SerialLog>, input: SerialInput, view: Arc<MachineView>, settings: Settings) -> Self {
+    pub fn new(
+        log: Arc<SerialLog>,
+        input: SerialInput,
+        view: Arc<MachineView>,
+        ends: HostEnds,
+        settings: Settings,
+    ) -> Self {
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
         Self {
             log,
             events,
             settings,
-            live: RefCell::new(Some(Live { input, view })),
+            live: RefCell::new(Some(Live { input, view, ends })),
             exit: watch::Sender::new(None),
             phase: Cell::new(Phase::Created),
             started: Cell::new(None),
@@ -93,6 +101,11 @@ impl Guest {
     /// The serial port's input, while there is one.
     pub fn input(&self) -> Option<SerialInput> {
         self.live.borrow().as_ref().map(|live| live.input.clone())
+    }
+
+    /// The host's ends of its devices, while they are there.
+    pub fn ends(&self) -> Option<HostEnds> {
+        self.live.borrow().as_ref().map(|live| live.ends.clone())
     }
 
     /// Resolves when the guest has ended, with how.

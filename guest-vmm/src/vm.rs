@@ -2,14 +2,15 @@
 
 use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
-use crate::devices::{self, DeviceErrors};
+use crate::devices::{self, RequestedDevices};
 use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
 use crate::platform::Host;
 use crate::serial::SerialLog;
 use crate::settings::Settings;
-use guest_schema::{Failure, GuestError, UnitConfig, chain};
+use ::devices::virtio::VirtioSpec;
+use guest_schema::{DeviceError, Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
 use processor::{HostCpus, TimePolicy, VpHaltReason, VpIndex};
@@ -70,8 +71,10 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let (config, errors) = tokio::select! {
-            config = machine_config(requested) => config?,
+        let images = std::mem::take(&mut requested.images);
+        let RequestedDevices { specs, ends, errors, .. } = devices::requested(&requested.config, images)?;
+        let config = tokio::select! {
+            config = machine_config(requested, specs) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
         };
         let log = Arc::new(SerialLog::default());
@@ -86,7 +89,7 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), settings));
+        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), ends, settings));
         spawn_local(tell(errors, guest.clone()));
         Ok(Self { machine, client_units, halts, guest })
     }
@@ -192,8 +195,8 @@ async fn told(
     result
 }
 
-async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, DeviceErrors), Failure> {
-    let RequestedGuest { config, kernel, ramdisk, images, .. } = requested;
+async fn machine_config(requested: RequestedGuest, specs: Vec<VirtioSpec>) -> Result<MachineConfig, Failure> {
+    let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
     let kernel = files::obtain(kernel, "source.boot.kernel", limit).await?;
@@ -204,8 +207,7 @@ async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, Dev
         }
         None => None,
     };
-    let (devices, errors) = devices::requested(&config.devices, images)?;
-    let config = MachineConfig {
+    Ok(MachineConfig {
         vps: config.cpus,
         affinity: vp_cpus(&config),
         cpuid_mask: cpuid_masks(&config.cpuid_mask),
@@ -216,15 +218,14 @@ async fn machine_config(requested: RequestedGuest) -> Result<(MachineConfig, Dev
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
-        devices: devices.specs,
+        devices: specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         inject: None,
-    };
-    Ok((config, errors))
+    })
 }
 
 /// Tells the guest's subscribers what the host has failed its devices in, until the devices are gone.
-async fn tell(mut errors: DeviceErrors, guest: Rc<Guest>) {
+async fn tell(mut errors: mpsc::Receiver<DeviceError>, guest: Rc<Guest>) {
     while let Some(error) = errors.recv().await {
         guest.events().device_error(error);
     }

@@ -402,7 +402,7 @@ mod tests {
             ],
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
-            devices: DevicesConfig { rng: true, ..DevicesConfig::default() },
+            devices: DevicesConfig { block: Vec::new(), rng: true, balloon: true },
             units: Vec::new(),
             catch_up_time: true,
         };

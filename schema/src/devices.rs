@@ -10,6 +10,8 @@ pub struct DevicesConfig {
     pub block: Vec<BlockConfig>,
     /// The entropy device.
     pub rng: bool,
+    /// The memory balloon.
+    pub balloon: bool,
 }
 
 impl DevicesConfig {
@@ -20,14 +22,15 @@ impl DevicesConfig {
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
         let block = BlockConfig::read_all(reader.get_block()?, faults)?;
-        Ok(Self { block, rng: reader.get_rng() })
+        Ok(Self { block, rng: reader.get_rng(), balloon: reader.get_balloon() })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { block, rng } = self;
+        let Self { block, rng, balloon } = self;
         BlockConfig::write_all(block, |count| builder.reborrow().init_block(count));
         builder.set_rng(*rng);
+        builder.set_balloon(*balloon);
     }
 }
 
@@ -39,7 +42,6 @@ fn read_unsupported(
         ("net", !reader.get_net()?.is_empty()),
         ("console", reader.get_console()),
         ("vsock", reader.has_vsock()),
-        ("balloon", reader.get_balloon()),
         ("mem", reader.has_mem()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),

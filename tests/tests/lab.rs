@@ -4,15 +4,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use guest_tests::census;
-use guest_tests::lab::{Lab, LabError, LabOutput, SharedLab};
+use guest_tests::lab::{
+    self, Lab, LabError, LabGuest, LabOutput, LabProcessEnd, SharedLab, TapQueues, Toolset,
+};
 use guest_tests::process::{Process, Stdin};
 use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::wait;
 use libtest_mimic::Trial;
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// For what a guest does, which takes ten times as long.
+const GUEST_LIMIT: Duration = Duration::from_secs(200);
 const LAB: &[Requirement] = &[Requirement::Lab];
 static SHARED: SharedLab = SharedLab::new();
 
@@ -29,6 +33,14 @@ fn main() -> ExitCode {
         test("the_root_can_be_pivoted", the_root_can_be_pivoted),
         test("a_guest_is_at_hand", a_guest_is_at_hand),
         test("binaries_run_with_their_libraries", binaries_run_with_their_libraries),
+        story("what_is_spawned_is_heard_and_killed", what_is_spawned_is_heard_and_killed),
+        story("tools_run_on_the_host", tools_run_on_the_host),
+        story("a_guest_has_its_tools_and_drivers", a_guest_has_its_tools_and_drivers),
+        story("a_disk_is_sparse", a_disk_is_sparse),
+        story("a_tap_is_its_users", a_tap_is_its_users),
+        story("passt_answers", passt_answers),
+        story("a_guests_vmm_is_killed", a_guests_vmm_is_killed),
+        trial("a_guest_loads_the_drivers_of_its_devices", LAB, a_guest_loads_the_drivers_of_its_devices),
         trial("the_emulator_dies_with_its_parent", LAB, the_emulator_dies_with_its_parent),
         trial("a_lab_that_is_lost_says_so", LAB, a_lab_that_is_lost_says_so),
     ];
@@ -37,10 +49,18 @@ fn main() -> ExitCode {
 
 /// A test on the lab that all of them share.
 fn test(name: &str, body: fn(&Lab) -> Result<(), LabError>) -> Trial {
-    trial(name, LAB, move || {
-        let lab = SHARED.get(|| vec![guest_lab()])?;
-        Ok(body(&lab)?)
-    })
+    trial(name, LAB, move || Ok(body(&*SHARED.get(binaries)?)?))
+}
+
+/// As [`test()`], with guests and other company.
+fn story(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
+    trial(name, LAB, move || SHARED.attempt(name, binaries, body))
+}
+
+fn binaries() -> Vec<PathBuf> {
+    let mut binaries = lab::project_binaries();
+    binaries.push(guest_lab());
+    binaries
 }
 
 /// A program of this workspace that is linked dynamically.
@@ -177,6 +197,167 @@ fn a_lab_that_is_lost_says_so() -> anyhow::Result<()> {
             Err(LabError::Lost { command: named, .. }) => assert_eq!(named, command),
             other => panic!("it must be lost: {other:?}"),
         }
+    }
+    Ok(())
+}
+
+fn what_is_spawned_is_heard_and_killed(lab: &Lab) -> anyhow::Result<()> {
+    let cat = lab.spawn("cat", "exec cat")?;
+    cat.send("it's \"$HOME\"")?;
+    ensure!(cat.saw("$HOME", 1, LIMIT)? == "it's \"$HOME\"\n");
+    let taken = lab.spawn("cat", "true").expect_err("the name is in use");
+    ensure!(matches!(taken, LabError::Status { status: 1, .. }), "{taken}");
+    cat.here("kill $(cat pid)")?;
+    let end = cat.end(LIMIT)?;
+    ensure!(end.status == 128 + 15 && end.out == "it's \"$HOME\"\n", "{end:?}");
+    let exits = lab.spawn("exits", "echo why >&2; exit 3")?.end(LIMIT)?;
+    ensure!(exits == LabProcessEnd { status: 3, err: "why\n".to_owned(), out: String::new() }, "{exits:?}");
+
+    let sleepers = lab.spawn("sleepers", "sleep 995 & sleep 996; true")?;
+    sleepers.until("ps | grep -q '[s]leep 996'", "sleep", LIMIT)?;
+    let never = sleepers.saw("a word", 1, Duration::ZERO).expect_err("it says nothing");
+    ensure!(never.to_string().contains("(sleepers goes on)"), "{never}");
+    sleepers.kill()?;
+    ensure!(sleepers.end(LIMIT)?.status == 128 + 9);
+    ensure!(lab.run("ps | grep '[s]leep 99[56]'", LIMIT)?.status == 1, "what it started goes on");
+    Ok(())
+}
+
+/// What each tool is asked in order to see that it runs with all its libraries, and a part of its answer.
+const ANSWERS: [(&str, &str); 6] = [
+    ("fio --version", "fio-"),
+    ("mkfs.ext4 -V", "mke2fs "),
+    ("e2fsck -V", "e2fsck "),
+    ("iperf3 --version", "iperf "),
+    ("ethtool --version", "ethtool version"),
+    ("socat -V", "WITH_VSOCK 1"),
+];
+
+/// A file that fio writes and reads back, with an engine that it has of a library.
+const VERIFIED: &str = "fio --name=verified --filename=/tmp/fio --size=256k --bs=4k --rw=randwrite --verify=crc32c \
+                   --ioengine=libaio --output-format=terse; echo status $?; rm /tmp/fio";
+
+fn tools_run_on_the_host(lab: &Lab) -> anyhow::Result<()> {
+    let host = [("/bin/ip -V", "iproute2"), ("passt --version", "passt ")];
+    for (command, part) in ANSWERS.into_iter().chain(host) {
+        let answer = output(lab, &format!("{command} 2>&1"))?;
+        ensure!(answer.contains(part), "{command}: {answer}");
+    }
+    let verified = output(lab, VERIFIED)?;
+    ensure!(verified.contains("status 0"), "{verified}");
+    let unknown = lab.run("guest-initramfs block blokc", LIMIT)?;
+    ensure!(unknown.status == 1 && unknown.output.contains("no toolset blokc"), "{unknown:?}");
+    Ok(())
+}
+
+fn a_guest_has_its_tools_and_drivers(lab: &Lab) -> anyhow::Result<()> {
+    let guest = LabGuest::start_with(&Toolset::ALL, lab, "tools", "panic=-1", "--memory 512M")?;
+    guest.saw("GUEST-UP", 1, GUEST_LIMIT)?;
+    let commands = ANSWERS.map(|(command, _)| format!("{command} 2>&1; "));
+    let answers = guest.ask(&format!("{}{VERIFIED}; ping -c 1 127.0.0.1", commands.concat()), GUEST_LIMIT)?;
+    let parts = ANSWERS.map(|(_, part)| part);
+    for part in parts.iter().chain(&["status 0", " 0% packet loss"]) {
+        ensure!(answers.contains(part), "{part:?} is not in:\n{answers}");
+    }
+    assert_drivers_load(&guest)
+}
+
+fn assert_drivers_load(guest: &LabGuest<'_>) -> anyhow::Result<()> {
+    let load = "for list in $(ls -d /modules/* | grep -v .ko$); do while read -r module; do name=${module##*/}; \
+                [ -d /sys/module/${name%.ko} ] || insmod $module || echo $module FAILS; done <$list; done";
+    let loaded =
+        guest.ask(&format!("{load}; ls /sys/bus/virtio/drivers; cat /proc/filesystems"), GUEST_LIMIT)?;
+    ensure!(!loaded.contains("FAILS"), "{loaded}");
+    let drivers = ["blk", "net", "console", "rng", "balloon", "mem"].map(|name| format!("virtio_{name}"));
+    for driver in drivers.iter().map(String::as_str).chain(["vmw_vsock_virtio_transport", "\text4"]) {
+        ensure!(loaded.contains(driver), "{driver} is not among:\n{loaded}");
+    }
+    Ok(())
+}
+
+/// On QEMU's devices at virtio-mmio, which ACPI announces (LNRO0005); without the lab, and so in little time.
+fn a_guest_loads_the_drivers_of_its_devices() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (initramfs, disk) = (folder.path().join("initramfs"), folder.path().join("disk"));
+    std::fs::write(&initramfs, lab::guest_initramfs()?)?;
+    std::fs::File::create(&disk)?.set_len(1 << 20)?;
+    let mut qemu = std::process::Command::new("qemu-system-x86_64");
+    qemu.args("-machine microvm,acpi=on -accel tcg -cpu EPYC -m 256 -nographic -no-reboot".split(' '));
+    qemu.arg("-kernel").arg(Lab::prepare()?.image()).arg("-initrd").arg(initramfs);
+    let look = "ls -d /sys/bus/virtio/drivers/*/virtio[0-9]*; head -c 4 /dev/vda | hexdump -C; poweroff -f";
+    // Told the frequency, it does not measure it against timers, which a software CPU may be too slow for: the boot hangs then.
+    qemu.arg("-append")
+        .arg(format!("console=ttyS0 quiet panic=-1 tsc_early_khz=1000000 GUEST_RUN=\"{look}\""));
+    qemu.arg("-drive").arg(format!("if=none,id=disk,format=raw,file={}", disk.display()));
+    for device in ["blk-device,drive=disk", "net-device", "serial-device", "rng-device", "balloon-device"] {
+        qemu.arg("-device").arg(format!("virtio-{device}"));
+    }
+    let qemu = Process::spawn(qemu, Stdin::Empty)?;
+    let status = qemu.wait(LIMIT)?;
+    let console = String::from_utf8_lossy(&qemu.stdout().to_end(LIMIT)?).into_owned();
+    ensure!(status.success(), "{status}: {}", qemu.last_words());
+    for driver in ["blk", "net", "console", "rng", "balloon"] {
+        ensure!(console.contains(&format!("/virtio_{driver}/virtio")), "no {driver}:\n{console}");
+    }
+    ensure!(console.contains("00000000  00 00 00 00"), "{console}");
+    Ok(())
+}
+
+fn a_disk_is_sparse(lab: &Lab) -> anyhow::Result<()> {
+    let disk = lab.make_disk("disk", 5 << 30)?;
+    let sizes = output(
+        lab,
+        &format!("stat -c '%s %b' {disk}; mkfs.ext4 -q -O ^has_journal {disk} && e2fsck -fn {disk} >&2"),
+    )?;
+    ensure!(sizes.starts_with("5368709120 0\n"), "{sizes}");
+    let taken = lab.make_disk("disk", 1).expect_err("there is such a file");
+    ensure!(matches!(taken, LabError::Status { .. }), "{taken}");
+    output(lab, &format!("rm {disk}"))?;
+    Ok(())
+}
+
+fn a_tap_is_its_users(lab: &Lab) -> anyhow::Result<()> {
+    lab.make_tap("tap-one", TapQueues::One, "nobody", "198.51.100.1/24")?;
+    lab.make_tap("tap-many", TapQueues::Many, "nobody", "203.0.113.1/24")?;
+    let taps = output(
+        lab,
+        "/bin/ip tuntap; /bin/ip -brief address show dev tap-one; cat /sys/class/net/tap-one/flags",
+    )?;
+    ensure!(taps.contains("tap-one: tap persist user 65534"), "{taps}");
+    ensure!(taps.contains("tap-many: tap multi_queue persist user 65534"), "{taps}");
+    ensure!(taps.contains("198.51.100.1/24") && taps.contains("0x1003"), "{taps}");
+    let refused = lab.make_tap("tap-one", TapQueues::One, "nobody", "198.51.100.1/24");
+    ensure!(matches!(refused, Err(LabError::Status { .. })), "{refused:?}");
+    Ok(())
+}
+
+fn passt_answers(lab: &Lab) -> anyhow::Result<()> {
+    let passt = lab.start_passt("passt", "")?;
+    let guest = lab.spawn("client", &format!("exec socat - UNIX-CONNECT:{}/socket", passt.folder()))?;
+    // A frame of 42 bytes: who has 192.0.2.1, tell 192.0.2.2 at 02:00:00:00:00:01 (RFC 826).
+    let length = r"\x00\x00\x00\x2a";
+    let ethernet = r"\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x01\x08\x06";
+    let sender = r"\x02\x00\x00\x00\x00\x01\xc0\x00\x02\x02";
+    let target = r"\x00\x00\x00\x00\x00\x00\xc0\x00\x02\x01";
+    guest
+        .here(&format!(r"printf '{length}{ethernet}\x00\x01\x08\x00\x06\x04\x00\x01{sender}{target}' >in"))?;
+    guest.until("[ $(wc -c <out) -ge 46 ]", "answer of passt", LIMIT)?;
+    let answer = guest.here("dd if=out bs=1 skip=24 count=2 2>/dev/null | xxd -p")?;
+    ensure!(answer == "0002\n", "operation {answer}");
+    Ok(())
+}
+
+/// Neither the first nor the last one that there is.
+fn a_guests_vmm_is_killed(lab: &Lab) -> anyhow::Result<()> {
+    let start = |name| LabGuest::start(lab, name, "panic=-1", "--memory 256M");
+    let (before, guest, after) = (start("before")?, start("killed")?, start("after")?);
+    after.until("[ $(pidof guest-vmm | wc -w) -ge 3 ]", "three of guest-vmm", GUEST_LIMIT)?;
+    guest.kill_vmm(GUEST_LIMIT)?;
+    let end = guest.end(GUEST_LIMIT)?;
+    ensure!(end.status != 0 && end.status < 128, "{end:?}");
+    for other in [before, after] {
+        let ended = other.here("[ -e status ] && echo ended; cat err")?;
+        ensure!(!ended.contains("ended"), "another one has ended: {ended}");
     }
     Ok(())
 }

@@ -16,13 +16,20 @@ pub struct DeviceOptions {
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux
     #[arg(long)]
     pub rng: bool,
+    /// Give the guest a memory balloon (virtio-balloon), which gives free pages back to the host by itself, and others when asked:
+    /// guestctl update ID balloon/device/requested_pages 25600
+    #[arg(long)]
+    pub balloon: bool,
 }
 
 impl DeviceOptions {
     /// Opens the files that they name.
     pub fn open(&self) -> Outcome<OpenDevices> {
         let disks = self.disk.iter().map(Disk::open).collect::<Outcome<_>>()?;
-        Ok(OpenDevices { disks, rng: self.rng })
+        Ok(OpenDevices {
+            disks,
+            others: DevicesConfig { block: Vec::new(), rng: self.rng, balloon: self.balloon },
+        })
     }
 }
 
@@ -30,13 +37,13 @@ impl DeviceOptions {
 #[derive(Debug)]
 pub struct OpenDevices {
     disks: Vec<OpenDisk>,
-    rng: bool,
+    others: DevicesConfig,
 }
 
 impl OpenDevices {
     /// As a config for this lifecycle.
     pub fn config(self, lifecycle: &Lifecycle) -> DevicesConfig {
         let block = self.disks.into_iter().map(|disk| disk.config(lifecycle)).collect();
-        DevicesConfig { block, rng: self.rng }
+        DevicesConfig { block, ..self.others }
     }
 }

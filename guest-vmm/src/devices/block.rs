@@ -2,10 +2,11 @@
 
 use super::RequestedDevices;
 use crate::config::refused;
-use devices::virtio::block::{
+use ::devices::virtio::VirtioSpec;
+use ::devices::virtio::block::{
     Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, UringDisk,
 };
-use devices::virtio::rate_limit::{Rate, RateLimits};
+use ::devices::virtio::rate_limit::{Rate, RateLimits};
 use guest_schema::{
     BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, chain,
 };
@@ -44,7 +45,7 @@ fn image_fault(index: usize, problem: impl Into<String>) -> ConfigFault {
 }
 
 /// What is wrong with the disks of a config, as far as it shows without their images.
-pub(crate) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
+pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
     let mut faults = Vec::new();
     if disks.len() > MAX_DISKS {
         faults.push(ConfigFault::new("block", format!("{} disks are more than {MAX_DISKS}", disks.len())));
@@ -76,13 +77,15 @@ pub(crate) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
 pub(super) fn add(
     disks: &[BlockConfig],
     images: Vec<Option<OwnedFd>>,
-    errors: &mpsc::Sender<DeviceError>,
     devices: &mut RequestedDevices,
 ) -> Result<(), Failure> {
     let mut faults = Vec::new();
     for (index, (disk, image)) in disks.iter().zip(images).enumerate() {
         match image.map(|image| open(image, disk.mode)) {
-            Some(Ok(image)) => devices.specs.push(spec(index, disk, image, errors)?),
+            Some(Ok(image)) => {
+                let spec = spec(index, disk, image, &devices.told)?;
+                devices.specs.push(spec);
+            }
             Some(Err(error @ ImageError::NoUring(_))) => return Err(unmade(index, &error)),
             Some(Err(error)) => faults.push(image_fault(index, chain(&error))),
             None => faults.push(image_fault(index, "none was given")),
@@ -104,7 +107,7 @@ fn spec(
     disk: &BlockConfig,
     image: DiskImage,
     errors: &mpsc::Sender<DeviceError>,
-) -> Result<devices::virtio::VirtioSpec, Failure> {
+) -> Result<VirtioSpec, Failure> {
     let errors = errors.clone();
     let options = BlockOptions {
         id: disk.id.clone(),

@@ -1,33 +1,49 @@
 //! The devices that a config asks for, on their way into the machine. A new device is one more line in [`requested`].
 
+mod balloon;
 pub(crate) mod block;
 mod rng;
 
-use devices::virtio::VirtioSpec;
-use guest_schema::{DeviceError, DevicesConfig, Failure};
+use ::devices::virtio::VirtioSpec;
+use ::devices::virtio::balloon::BalloonHandle;
+use guest_schema::{ConfigFault, DeviceError, Failure, GuestConfig};
 use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 
 /// How many failures of devices may wait to be told.
 const WAITING_ERRORS: usize = 64;
 
-/// What a guest's devices become: their halves in the machine, and what the VMM hears of them.
-#[derive(Default)]
+/// What a guest's devices become.
 pub(crate) struct RequestedDevices {
+    /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
+    pub ends: HostEnds,
+    /// What the host has failed them in. Ends with them.
+    pub errors: mpsc::Receiver<DeviceError>,
+    /// Where that comes from.
+    told: mpsc::Sender<DeviceError>,
 }
 
-/// What the host has failed devices in. Ends with the devices.
-pub(crate) type DeviceErrors = mpsc::Receiver<DeviceError>;
+/// The host's ends of the devices that have one.
+#[derive(Clone, Default)]
+pub(crate) struct HostEnds {
+    pub balloon: Option<BalloonHandle>,
+}
 
-/// The devices of a config, in the order in which a guest finds them. `images` are the disks', in their order.
+/// The devices of a config that was checked. `images` are those of its disks.
 pub(crate) fn requested(
-    config: &DevicesConfig,
+    config: &GuestConfig,
     images: Vec<Option<OwnedFd>>,
-) -> Result<(RequestedDevices, DeviceErrors), Failure> {
-    let mut devices = RequestedDevices::default();
-    let (errors, told) = mpsc::channel(WAITING_ERRORS);
-    block::add(&config.block, images, &errors, &mut devices)?;
-    rng::add(config, &mut devices);
-    Ok((devices, told))
+) -> Result<RequestedDevices, Failure> {
+    let (told, errors) = mpsc::channel(WAITING_ERRORS);
+    let mut devices = RequestedDevices { specs: Vec::new(), ends: HostEnds::default(), errors, told };
+    block::add(&config.devices.block, images, &mut devices)?;
+    rng::add(&config.devices, &mut devices);
+    balloon::add(config, &mut devices);
+    Ok(devices)
+}
+
+/// What is wrong with the devices of a config.
+pub(crate) fn faults(config: &GuestConfig) -> Vec<ConfigFault> {
+    [block::faults(&config.devices.block), balloon::faults(config)].concat()
 }

@@ -1,5 +1,6 @@
 //! Guest: the user's capability.
 
+use super::balloon::Balloon;
 use super::observer::Observed;
 use super::streams::{SerialStream, pump};
 use crate::guest::Guest;
@@ -43,6 +44,23 @@ impl guest::Server for BoundGuest {
         let mut results = results.get();
         results.set_input(broken(&failure));
         failure.write(results.init_error());
+        Ok(())
+    }
+
+    async fn get_balloon_controller(
+        self: Rc<Self>,
+        _: guest::GetBalloonControllerParams,
+        mut results: guest::GetBalloonControllerResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        // What has ended is told by the controller itself.
+        if self.0.ends().is_some_and(|ends| ends.balloon.is_none()) {
+            let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no balloon");
+            results.set_controller(broken(&failure));
+            failure.write(results.init_error());
+        } else {
+            results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone())));
+        }
         Ok(())
     }
 

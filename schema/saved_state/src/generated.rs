@@ -7,7 +7,9 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin
 
 /// The devices' messages, one module for each package.
 pub mod devices {
-    /// The block device.
+    /// The memory balloon.
+    #[rustfmt::skip]
+    pub mod balloon; /// The block device.
     #[rustfmt::skip]
     pub mod block; /// The keyboard controller, and system control port B beside it.
     #[rustfmt::skip]

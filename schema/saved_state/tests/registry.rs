@@ -22,6 +22,7 @@ fn describe<T: SavedStateRoot>(state: &T) -> String {
 fn every_root_is_listed_by_its_name() {
     let names: Vec<&str> = saved_state_roots().type_names().collect();
     let expected = [
+        "devices.balloon.BalloonState",
         "devices.block.BlockState",
         "devices.i8042.I8042State",
         "devices.ioapic.IoApicState",
@@ -46,7 +47,10 @@ fn state_is_described_with_the_names_of_its_fields() {
         asserted: 2,
         asserted_high: 0,
     };
-    assert_eq!(describe(&ioapic), "select: 16\nid: 16777216\nentries: [65536, 49]\nasserted: 2");
+    assert_eq!(
+        describe(&ioapic),
+        "select: 16\nid: 16777216\nentries: [65536, 49]\nasserted: 2\nasserted_high: 0"
+    );
     let rtc = RtcState { index: 0x0b, ram: vec![0, 0x26], offset_seconds: -3600, acknowledged_seconds: 9 };
     let expected = "index: 11\nram: \"\\000&\"\noffset_seconds: -3600\nacknowledged_seconds: 9";
     assert_eq!(describe(&rtc), expected);

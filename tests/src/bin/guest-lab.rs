@@ -9,6 +9,10 @@ use clap::{Parser, Subcommand};
 use guest_tests::lab::{self, Lab};
 
 /// A machine with a mainline /dev/kvm in software, with this project's programs in it as far as they are built.
+///
+/// It has busybox, and for tests of devices fio, mkfs.ext4, e2fsck, iperf3, ethtool, socat, passt and /bin/ip. /guest has a kernel and
+/// an initramfs for Linux guests; `guest-initramfs block net vsock`, with one or more of these names, makes one with tools in it
+/// and prints its path: fio, mkfs.ext4 and e2fsck for block, iperf3 and ethtool for net, socat for vsock.
 #[derive(Debug, Parser)]
 #[command(name = "guest-lab", version)]
 struct Arguments {

@@ -70,6 +70,16 @@ pub enum LabError {
         /// The last lines of its console.
         console: String,
     },
+    /// A command that has to succeed did not.
+    #[error("exit status {status} in the lab of: {command}\nit wrote:\n{output}")]
+    Status {
+        /// The command as it was given.
+        command: String,
+        /// Its exit status.
+        status: i32,
+        /// What it wrote.
+        output: String,
+    },
     /// A command longer than the line to the lab takes at once.
     #[error("a command of {length} bytes is too long for the lab, at most {limit} are taken")]
     TooLong {

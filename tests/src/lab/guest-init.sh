@@ -7,6 +7,7 @@ export PATH=/bin:/sbin HOME=/ TERM=linux PS1='guest# '
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
+ip link set lo up
 
 # load NAME: inserts the modules that the list /modules/NAME names, unless they are there.
 load() {
@@ -23,7 +24,7 @@ if [ -e "$1" ]; then
     for device in /sys/bus/virtio/devices/*; do
         case $(cat "$device/device") in
             0x0001) load virtio_net ;;
-            0x0002) load virtio_blk ;;
+            0x0002) load virtio_blk && load ext4 ;;
             0x0003) load virtio_console ;;
             0x0004) load virtio_rng ;;
             0x0005) load virtio_balloon ;;

@@ -7,6 +7,7 @@ use super::cpio::Archive;
 use super::error::LabError;
 use super::kernel::{LabKernel, cache_folder};
 use super::tool::Tool;
+use super::toolset::add_tools;
 
 const BUSYBOX: Tool = Tool {
     program: "busybox",
@@ -16,10 +17,10 @@ const BUSYBOX: Tool = Tool {
 const LDD: Tool = Tool { program: "ldd", package: "libc-bin", advice: "a shared library may be missing" };
 const STRIP: Tool = Tool { program: "strip", package: "binutils", advice: "the binary may be damaged" };
 
-/// `kvm_amd`: the emulated CPU is AMD's. `tun`: guests' networks.
-const LAB_MODULES: [&str; 2] = ["kvm_amd", "tun"];
-/// Everything that a guest's virtio devices need; its init loads those it has a device for.
-const GUEST_MODULES: [&str; 8] = [
+/// `kvm_amd`: the emulated CPU is AMD's. `tun` and `dummy`: guests' networks.
+const LAB_MODULES: [&str; 3] = ["kvm_amd", "tun", "dummy"];
+/// Everything that a guest's virtio devices and what is on them need; its init loads those it has a device for.
+const GUEST_MODULES: [&str; 9] = [
     "virtio_mmio",
     "virtio_net",
     "virtio_blk",
@@ -28,11 +29,14 @@ const GUEST_MODULES: [&str; 8] = [
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "virtio_mem",
+    "ext4",
 ];
 
 /// The lab's initramfs: `binaries` are in its `/bin`, a guest's `kernel` and `initramfs` in its `/guest`.
 pub(super) fn lab(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
+    // Before busybox, whose `ip` knows less.
+    add_tools(&mut archive)?;
     add_busybox(&mut archive)?;
     let mut order = String::new();
     for (name, data) in kernel.modules(&LAB_MODULES)? {
@@ -58,7 +62,7 @@ pub(super) fn lab(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, L
 }
 
 /// The initramfs of a Linux guest in the lab.
-fn guest(kernel: &LabKernel) -> Result<Vec<u8>, LabError> {
+pub(super) fn guest(kernel: &LabKernel) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
     add_busybox(&mut archive)?;
     for name in GUEST_MODULES {
@@ -80,7 +84,7 @@ fn guest(kernel: &LabKernel) -> Result<Vec<u8>, LabError> {
 /// Busybox with a link for each of its programs. It is linked statically in its package for this purpose, but any will do.
 fn add_busybox(archive: &mut Archive) -> Result<(), LabError> {
     let list = BUSYBOX.run(Path::new("/"), &["--list"])?;
-    let path = find_program(BUSYBOX)?;
+    let path = BUSYBOX.find()?;
     archive.program("/bin/busybox", &read(&path)?);
     add_libraries(archive, &path)?;
     let list = String::from_utf8_lossy(&list);
@@ -88,13 +92,6 @@ fn add_busybox(archive: &mut Archive) -> Result<(), LabError> {
         archive.link(&format!("/bin/{name}"), "busybox");
     }
     Ok(())
-}
-
-fn find_program(tool: Tool) -> Result<PathBuf, LabError> {
-    let search = std::env::var_os("PATH").unwrap_or_default();
-    let found =
-        std::env::split_paths(&search).map(|folder| folder.join(tool.program)).find(|path| path.is_file());
-    found.ok_or_else(|| tool.missing(std::io::ErrorKind::NotFound.into()))
 }
 
 fn add_binary(archive: &mut Archive, binary: &Path) -> Result<(), LabError> {
@@ -115,16 +112,22 @@ fn without_debug_information(binary: &Path) -> Result<Vec<u8>, LabError> {
 
 /// Adds the shared libraries of `binary` where its loader looks for them.
 fn add_libraries(archive: &mut Archive, binary: &Path) -> Result<(), LabError> {
-    let arguments = [&*binary.to_string_lossy()];
-    let output = LDD.output(Path::new("/"), &arguments)?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if text.contains("=> not found") {
-        return Err(LDD.failed(&arguments, &output));
-    }
-    for library in libraries(&text) {
-        archive.program(library, &read(Path::new(library))?);
+    for library in library_paths(binary, None)? {
+        archive.program(&library, &read(Path::new(&library))?);
     }
     Ok(())
+}
+
+/// The paths of all shared libraries of `binary`, its loader among them. Those in the folder `first` come before others of their name.
+pub(super) fn library_paths(binary: &Path, first: Option<&Path>) -> Result<Vec<String>, LabError> {
+    let arguments = [&*binary.to_string_lossy()];
+    let environment: Vec<_> = first.map(|folder| ("LD_LIBRARY_PATH", folder)).into_iter().collect();
+    let output = LDD.output_with(Path::new("/"), &arguments, &environment)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if text.contains("not found") {
+        return Err(LDD.failed(&arguments, &output));
+    }
+    Ok(libraries(&text).map(str::to_owned).collect())
 }
 
 /// The paths in the output of ldd: lines `NAME => PATH (ADDRESS)` and `PATH (ADDRESS)`. It has none for a static binary.
@@ -134,7 +137,7 @@ fn libraries(ldd: &str) -> impl Iterator<Item = &str> {
     words.filter(|word| !word.ends_with(':'))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, LabError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, LabError> {
     fs::read(path).map_err(LabError::file("read", path))
 }
 

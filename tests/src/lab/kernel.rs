@@ -3,7 +3,7 @@
 //! It is kept in `GUESTD_LAB_DIR`, or else in the folder `lab` of cargo's target folder, as long as that folder is there:
 //! a newer kernel comes after its removal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -25,6 +25,8 @@ pub struct LabKernel {
     folder: PathBuf,
     image: PathBuf,
     modules: BTreeMap<String, PathBuf>,
+    /// Names of what would be modules and is part of the image.
+    built_in: BTreeSet<String>,
 }
 
 impl LabKernel {
@@ -49,6 +51,7 @@ impl LabKernel {
             folder: folder.to_owned(),
             image: image.ok_or_else(|| missing("vmlinuz-*"))?.clone(),
             modules: modules.collect(),
+            built_in: built_in(&files)?,
         })
     }
 
@@ -57,7 +60,8 @@ impl LabKernel {
         &self.image
     }
 
-    /// The modules `names` and all they depend on, in the order in which they are to be inserted: name and contents.
+    /// The modules `names` and all they depend on, in the order in which they are to be inserted: name and contents. What is
+    /// built in is left out.
     pub(super) fn modules(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>, LabError> {
         let mut ordered = Vec::new();
         for name in names {
@@ -67,7 +71,7 @@ impl LabKernel {
     }
 
     fn add_module(&self, name: &str, ordered: &mut Vec<(String, Vec<u8>)>) -> Result<(), LabError> {
-        if ordered.iter().any(|(added, _)| added == name) {
+        if self.built_in.contains(name) || ordered.iter().any(|(added, _)| added == name) {
             return Ok(());
         }
         let data = self.read_module(name)?;
@@ -157,6 +161,15 @@ fn module_name(path: &Path) -> Option<String> {
     Some(name.replace('-', "_"))
 }
 
+/// The kernel's package lists what is built in by the paths that the modules would have.
+fn built_in(files: &[PathBuf]) -> Result<BTreeSet<String>, LabError> {
+    let Some(list) = files.iter().find(|file| file_name(file) == "modules.builtin") else {
+        return Ok(BTreeSet::new());
+    };
+    let text = fs::read_to_string(list).map_err(LabError::file("read", list))?;
+    Ok(text.lines().filter_map(|line| module_name(Path::new(line))).collect())
+}
+
 /// The names in a module's `depends=` record: a string of its section `.modinfo`, comma separated, ended by a zero.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
@@ -194,9 +207,10 @@ mod tests {
         write("a.ko", b"\0depends=b,c\0");
         write("b.ko", b"\0depends=c\0");
         write("c.ko", b"\0depends=\0");
+        write("modules.builtin", b"kernel/fs/built-in.ko\n");
         let kernel = LabKernel::open(folder.path()).unwrap();
         let names: Vec<String> =
-            kernel.modules(&["c", "a"]).unwrap().into_iter().map(|(name, _)| name).collect();
+            kernel.modules(&["c", "built_in", "a"]).unwrap().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["c", "b", "a"]);
         let error = kernel.modules(&["d"]).unwrap_err().to_string();
         assert!(error.starts_with("no kernel module d in "), "{error}");

@@ -5,12 +5,18 @@
 //! prints a line `GUEST-UP nproc=… memory_kib=… uptime=…` on its first serial line, runs `GUEST_RUN` of its kernel's command
 //! line if there is one, and is then a shell there, with `GUEST_SHELL=plain` one without echo and prompt.
 //!
-//! Parts: [`Lab`], [`LabGuest`] for a guest in it, [`SharedLab`] for the tests of one binary, [`LabKernel`], [`LabError`]; inside, the kernel's download, the
-//! initramfs with its cpio format and scripts, and the emulator's command line.
+//! The lab's host has the tools of every [`Toolset`] in its `/bin`, and `passt` and `ip`; a guest has those it is started with. The
+//! shell takes a program that busybox has too for busybox's: the full one of iproute2 is `/bin/ip`.
+//!
+//! Parts: [`Lab`], [`LabProcess`] for a command in its background, [`LabGuest`] for a guest in it, [`Toolset`] and [`TapQueues`] for what they
+//! are given, [`SharedLab`] for the tests of one binary, [`LabKernel`], [`LabError`]; inside, the kernel's download, the initramfs with its cpio
+//! format, scripts and tools, and the emulator's command line.
 //!
 //! Limits: correctness and ratios within one run, no absolute times. One command at a time; commands start what is to run
-//! in parallel with `&`.
+//! in parallel with [`Lab::spawn`].
 
+mod background;
+mod backing;
 mod cpio;
 mod emulator;
 mod error;
@@ -18,7 +24,9 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod shared;
+mod stand_in;
 mod tool;
+mod toolset;
 
 use std::fs::File;
 use std::io::Write;
@@ -30,10 +38,13 @@ use std::time::{Duration, Instant};
 
 use crate::process::{self, Process, ProcessError, Stdin};
 
+pub use background::{LabProcess, LabProcessEnd, LabProcessError};
+pub use backing::TapQueues;
 pub use error::LabError;
-pub use guest::{LabGuest, LabGuestEnd, LabGuestError};
+pub use guest::LabGuest;
 pub use kernel::LabKernel;
 pub use shared::SharedLab;
+pub use toolset::Toolset;
 
 use emulator::{QEMU, Serve};
 
@@ -46,6 +57,8 @@ const BOOT_ATTEMPTS: u32 = 3;
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Far below what the lab's kernel keeps for a serial line that nobody reads.
 const LONGEST_COMMAND: usize = 32 * 1024;
+/// For commands that are done at once.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 const CONSOLE_LINES: usize = 40;
 
 /// A running lab. Dropping it, or the end of this process in whatever way, ends it.
@@ -79,6 +92,7 @@ impl Lab {
     pub fn prepare() -> Result<LabKernel, LabError> {
         let kernel = LabKernel::obtain()?;
         QEMU.run(Path::new("/"), &["--version"])?;
+        toolset::find_tools()?;
         Ok(kernel)
     }
 
@@ -153,6 +167,15 @@ impl Lab {
         }
     }
 
+    /// Runs a short command that has to succeed, and returns what it wrote.
+    fn succeed(&self, command: &str) -> Result<String, LabError> {
+        let LabOutput { status, output } = self.run(command, COMMAND_LIMIT)?;
+        if status == 0 {
+            return Ok(output);
+        }
+        Err(LabError::Status { command: command.to_owned(), status, output })
+    }
+
     fn exchange(&self, line: &mut Line, command: &str, deadline: Duration) -> Result<Answer, String> {
         if line.lost {
             return Err("it was lost at an earlier command".to_owned());
@@ -208,6 +231,14 @@ pub fn project_binaries() -> Vec<PathBuf> {
     let folders: Vec<&Path> = exe.ancestors().skip(1).take(2).collect();
     let find = |name| folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
     PROJECT_PROGRAMS.into_iter().filter_map(find).collect()
+}
+
+/// The initramfs of the lab's guests, for a VMM outside of the lab.
+///
+/// # Errors
+/// As [`Lab::prepare`].
+pub fn guest_initramfs() -> Result<Vec<u8>, LabError> {
+    initramfs::guest(&Lab::prepare()?)
 }
 
 /// A file without a name: nothing is left behind, however this process ends.

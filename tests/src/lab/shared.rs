@@ -26,6 +26,22 @@ impl SharedLab {
         lab.get_or_insert_with(|| Lab::boot(&binaries()).map(Arc::new).map_err(Arc::new)).clone()
     }
 
+    /// Calls `test` with the lab, and if that fails once more with a lab of its own: the emulator was seen to break its guests, and
+    /// now and then itself; what is our fault comes again. The first failure is written to standard error, with `name`.
+    ///
+    /// # Errors
+    /// That of the second attempt; of the first one when the shared lab is not there.
+    pub fn attempt(
+        &self,
+        name: &str,
+        binaries: impl Fn() -> Vec<PathBuf>,
+        test: impl Fn(&Lab) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let Err(first) = test(&*self.get(&binaries)?) else { return Ok(()) };
+        eprintln!("{name} fails in the shared lab, and is tried once more in a lab of its own: {first:?}");
+        test(&Lab::boot(&binaries())?)
+    }
+
     /// Ends the lab, once nobody else holds it. A `static` is never dropped, so the `main` of the tests calls this.
     pub fn close(&self) {
         *self.lock() = None;

@@ -21,7 +21,7 @@ done </lab/modules
 
 cd /root || exit 1
 if [ "$LAB" = shell ]; then
-    echo "The lab: /dev/kvm is there; a guest's kernel and initramfs are in /guest. exit powers off."
+    echo "The lab: /dev/kvm is there; a guest's kernel and initramfs are in /guest, and guest-initramfs makes one with tools. exit powers off."
     setsid cttyhack sh -l
 else
     /lab/serve </dev/ttyS1 >/dev/ttyS1

@@ -1,6 +1,7 @@
 //! Runs the programs that the lab is made with.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use super::error::LabError;
@@ -25,12 +26,31 @@ impl Tool {
 
     /// Runs the tool in `folder`, whatever its exit status.
     pub(super) fn output(&self, folder: &Path, arguments: &[&str]) -> Result<Output, LabError> {
-        // Its messages are read, so they must not be translated.
-        let run = Command::new(self.program).args(arguments).current_dir(folder).env("LC_ALL", "C").output();
-        run.map_err(|source| self.missing(source))
+        self.output_with(folder, arguments, &[])
     }
 
-    pub(super) fn missing(&self, source: std::io::Error) -> LabError {
+    /// [`Tool::output`], with further variables in the tool's environment.
+    pub(super) fn output_with(
+        &self,
+        folder: &Path,
+        arguments: &[&str],
+        environment: &[(&str, &Path)],
+    ) -> Result<Output, LabError> {
+        let mut command = Command::new(self.program);
+        // Its messages are read, so they must not be translated.
+        command.args(arguments).current_dir(folder).envs(environment.iter().copied()).env("LC_ALL", "C");
+        command.output().map_err(|source| self.missing(source))
+    }
+
+    /// Where the tool is. Administrators' programs are found too, which are not in every user's `PATH`.
+    pub(super) fn find(&self) -> Result<PathBuf, LabError> {
+        let search = std::env::var_os("PATH").unwrap_or_default();
+        let folders = std::env::split_paths(&search).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+        let found = folders.map(|folder| folder.join(self.program)).find(|path| path.is_file());
+        found.ok_or_else(|| self.missing(io::ErrorKind::NotFound.into()))
+    }
+
+    pub(super) fn missing(&self, source: io::Error) -> LabError {
         LabError::Missing { program: self.program, package: self.package, source }
     }
 

@@ -319,7 +319,6 @@ async fn what_is_not_supported_is_listed() -> Story {
         "net: not supported",
         "console: not supported",
         "vsock: not supported",
-        "balloon: not supported",
         "mem: not supported",
         "units[0].unit: none was given",
         "gpu: not supported",

@@ -64,7 +64,7 @@ async fn create(lifecycle: &guest_lifecycle::Client) -> Story {
 
 async fn of_the_guest(guest: &guest::Client) -> Story {
     unimplemented("getHostVsockEndpoint", guest.get_host_vsock_endpoint_request().send().promise).await?;
-    unimplemented("getBalloonController", guest.get_balloon_controller_request().send().promise).await?;
+    of_no_balloon(guest).await?;
     unimplemented("getMemController", guest.get_mem_controller_request().send().promise).await?;
     let mut request = guest.get_console_request();
     request.get().set_output(sink(&Console::default()));
@@ -78,6 +78,15 @@ async fn of_the_guest(guest: &guest::Client) -> Story {
     // Stream calls fail at the end at the latest.
     let ended = sent.pipeline.get_input().end_request().send().promise.await;
     expect("the console takes input", written.is_ok() && ended.is_ok(), false)
+}
+
+async fn of_no_balloon(guest: &guest::Client) -> Story {
+    let sent = guest.get_balloon_controller_request().send();
+    let early = sent.pipeline.get_controller().size_request().send().promise.await;
+    expect("a controller of nothing answers", early.is_ok(), false)?;
+    let answer = sent.promise.await?;
+    let failure = Failure::read(answer.get()?.get_error()?)?;
+    expect("getBalloonController", failure.code, GuestError::DeviceNotPresent)
 }
 
 async fn of_the_control(control: &guest_control::Client) -> Story {

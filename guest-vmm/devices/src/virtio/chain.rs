@@ -2,6 +2,7 @@
 
 use super::queue::QueueFault;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{
@@ -80,6 +81,11 @@ impl Buffers {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.parts.is_empty()
+    }
+
+    /// Where they are: ranges of guest physical addresses.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        self.parts.iter().map(|part| part.address.0..part.address.0 + u64::from(part.length))
     }
 
     /// Takes away the first `bytes`, or all if there are fewer.

@@ -15,6 +15,7 @@
 //! Limits: split queues (the queue library has no packed ones); no shared memory regions; a queue keeps its buffers until the whole
 //! device is reset.
 
+pub mod balloon;
 pub mod block;
 mod chain;
 mod device;
