@@ -2,7 +2,7 @@
 
 use crate::shown::{micros, since_1970};
 use guest_schema::guest_capnp::event_sink;
-use guest_schema::{DeviceError, Event, EventKind, Exit, Failure, Phase, TransitionEnd};
+use guest_schema::{DeviceError, Event, EventKind, Exit, Failure, PanicReport, Phase, TransitionEnd};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -49,6 +49,16 @@ impl EventLog {
     /// The host has failed a device.
     pub fn device_error(&self, error: DeviceError) {
         self.record(EventKind::DeviceError(error));
+    }
+
+    /// Its kernel has panicked.
+    pub fn panicked(&self, report: PanicReport) {
+        self.record(EventKind::Panic(report));
+    }
+
+    /// Its operator has pressed its power button.
+    pub fn power_button(&self) {
+        self.record(EventKind::PowerButton);
     }
 
     /// It has ended. Nothing is recorded after that.

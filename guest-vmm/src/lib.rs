@@ -15,6 +15,7 @@ mod events;
 mod files;
 mod guest;
 mod log;
+mod panics;
 mod platform;
 mod rpc;
 mod serial;

@@ -4,10 +4,9 @@ use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
 use crate::devices::{self, RequestedDevices};
 use crate::files;
-use crate::guest::Guest;
+use crate::guest::{Guest, Told};
 use crate::log::LogFilter;
 use crate::platform::Host;
-use crate::serial::SerialLog;
 use crate::settings::Settings;
 use ::devices::virtio::VirtioSpec;
 use guest_schema::{DeviceError, Failure, GuestError, UnitConfig, chain};
@@ -72,15 +71,16 @@ impl Vm {
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
         let images = std::mem::take(&mut requested.images);
-        let RequestedDevices { specs, ends, errors, .. } = devices::requested(&requested.config, images)?;
+        let RequestedDevices { specs, ends, hotplug, errors, .. } =
+            devices::requested(&requested.config, images)?;
+        let told = Told::default();
         let config = tokio::select! {
-            config = machine_config(requested, specs) => config?,
+            config = machine_config(requested, specs, &told) => MachineConfig { hotplug, ..config? },
             () = cancel.cancelled() => return Err(cancelled()),
         };
-        let log = Arc::new(SerialLog::default());
         let (sender, halts) = mpsc::unbounded_channel();
         let flag = cancel.clone();
-        let built = host.build(config, log.clone(), sender, move || flag.is_cancelled()).await;
+        let built = host.build(config, told.serial.clone(), sender, move || flag.is_cancelled()).await;
         let machine = built.map_err(|error| build_failure(&error))?;
         let client_units = match ClientUnits::join(&machine, units) {
             Ok(joined) => joined,
@@ -89,7 +89,9 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), ends, settings));
+        let guest = Rc::new(Guest::new(told, machine.serial_input(), machine.view().clone(), ends, settings));
+        let telling = guest.clone();
+        spawn_local(async move { telling.tell_of_panics().await });
         spawn_local(tell(errors, guest.clone()));
         Ok(Self { machine, client_units, halts, guest })
     }
@@ -151,6 +153,7 @@ impl Vm {
             }
             // What the former life of the guest still had to say is said.
             while halts.try_recv().is_ok() {}
+            guest.is_to_be_reset();
             machine.reset().await.map_err(failed)?;
             if running {
                 machine.start().await.map_err(failed)?;
@@ -195,7 +198,11 @@ async fn told(
     result
 }
 
-async fn machine_config(requested: RequestedGuest, specs: Vec<VirtioSpec>) -> Result<MachineConfig, Failure> {
+async fn machine_config(
+    requested: RequestedGuest,
+    specs: Vec<VirtioSpec>,
+    told: &Told,
+) -> Result<MachineConfig, Failure> {
     let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
@@ -218,8 +225,11 @@ async fn machine_config(requested: RequestedGuest, specs: Vec<VirtioSpec>) -> Re
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
+        hotplug: None,
         devices: specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
+        panics: told.panics.clone(),
+        debug_exit: config.debug_exit,
         inject: None,
     })
 }

@@ -1,8 +1,8 @@
 //! What became of a guest, as plain Rust: its events, and the transitions of its state units.
 
 use crate::failure::lossy;
-use crate::guest_capnp::{device_error, event, transition, transition_end, unit_step};
-use crate::state::{Phase, length, mirrored};
+use crate::guest_capnp::{device_error, event, panic_report, transition, transition_end, unit_step};
+use crate::state::{Panic, Phase, length, mirrored};
 use crate::{Exit, Failure};
 use capnp::struct_list;
 
@@ -28,6 +28,10 @@ pub enum EventKind {
     Transition(TransitionEnd),
     /// It has ended; no event follows.
     Terminated(Exit),
+    /// Its kernel has panicked.
+    Panic(PanicReport),
+    /// Its operator has pressed its power button.
+    PowerButton,
     /// The host has failed a device.
     DeviceError(DeviceError),
 }
@@ -43,6 +47,15 @@ pub struct DeviceError {
     pub detail: String,
     /// How many more there were since the last one that was told.
     pub suppressed: u64,
+}
+
+/// What a guest has reported of its kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PanicReport {
+    /// The latest.
+    pub panic: Panic,
+    /// How many were reported since the event before, this one included.
+    pub count: u32,
 }
 
 /// The end of a transition of all state units.
@@ -66,6 +79,8 @@ impl Event {
             EventKind::Phase(phase) => builder.set_phase((*phase).into()),
             EventKind::Transition(end) => end.write(builder.init_transition()),
             EventKind::Terminated(exit) => exit.write(builder.init_terminated()),
+            EventKind::Panic(report) => report.write(builder.init_panic()),
+            EventKind::PowerButton => builder.set_power_button(()),
             EventKind::DeviceError(error) => error.write(builder.init_device_error()),
         }
     }
@@ -76,6 +91,8 @@ impl Event {
             event::Phase(phase) => EventKind::Phase(phase?.into()),
             event::Transition(end) => EventKind::Transition(TransitionEnd::read(end?)?),
             event::Terminated(exit) => EventKind::Terminated(Exit::read(exit?)?),
+            event::Panic(report) => EventKind::Panic(PanicReport::read(report?)?),
+            event::PowerButton(()) => EventKind::PowerButton,
             event::DeviceError(error) => EventKind::DeviceError(DeviceError::read(error?)?),
         };
         Ok(Self {
@@ -103,6 +120,19 @@ impl DeviceError {
             detail: lossy(reader.get_detail()?),
             suppressed: reader.get_suppressed(),
         })
+    }
+}
+
+impl PanicReport {
+    fn write(self, mut builder: panic_report::Builder<'_>) {
+        builder.set_panic(Panic::to_wire(Some(self.panic)));
+        builder.set_count(self.count);
+    }
+
+    fn read(reader: panic_report::Reader<'_>) -> capnp::Result<Self> {
+        let panic = Panic::from_wire(reader.get_panic()?);
+        let panic = panic.ok_or_else(|| capnp::Error::failed("a report of no panic".into()))?;
+        Ok(Self { panic, count: reader.get_count() })
     }
 }
 
@@ -236,6 +266,9 @@ mod tests {
             EventKind::Transition(end(None)),
             EventKind::Transition(end(Some(failure.clone()))),
             EventKind::Terminated(Exit::crashed(&failure)),
+            EventKind::Panic(PanicReport { panic: Panic::Panicked, count: 1 }),
+            EventKind::Panic(PanicReport { panic: Panic::CrashLoaded, count: u32::MAX }),
+            EventKind::PowerButton,
             EventKind::DeviceError(DeviceError {
                 device: "block0".into(),
                 operation: "write".into(),

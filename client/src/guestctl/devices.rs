@@ -2,8 +2,9 @@
 
 use crate::disk::{self, Disk, OpenDisk};
 use crate::ending::Outcome;
+use crate::mem;
 use clap::Args;
-use guest_client::{DevicesConfig, Lifecycle};
+use guest_client::{DevicesConfig, Lifecycle, MemDeviceConfig};
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
@@ -20,6 +21,11 @@ pub struct DeviceOptions {
     /// guestctl update ID balloon/device/requested_pages 25600
     #[arg(long)]
     pub balloon: bool,
+    /// Give the guest a region for memory that is plugged while it runs (virtio-mem), for instance --mem region=4G,size=1G, and later
+    /// guestctl update ID mem/device/requested_bytes 2147483648. Blocks are of 2M (block=), the region begins at a multiple of 128M
+    /// (align=), size= is plugged from the beginning
+    #[arg(long, value_name = "region=SIZE[,KEY=VALUE]...", value_parser = mem::parse)]
+    pub mem: Option<MemDeviceConfig>,
 }
 
 impl DeviceOptions {
@@ -28,7 +34,7 @@ impl DeviceOptions {
         let disks = self.disk.iter().map(Disk::open).collect::<Outcome<_>>()?;
         Ok(OpenDevices {
             disks,
-            others: DevicesConfig { block: Vec::new(), rng: self.rng, balloon: self.balloon },
+            others: DevicesConfig { block: Vec::new(), rng: self.rng, balloon: self.balloon, mem: self.mem },
         })
     }
 }

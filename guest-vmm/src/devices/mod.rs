@@ -2,11 +2,14 @@
 
 mod balloon;
 pub(crate) mod block;
+pub(crate) mod mem;
 mod rng;
 
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
+use ::devices::virtio::mem::MemHandle;
 use guest_schema::{ConfigFault, DeviceError, Failure, GuestConfig};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 
@@ -18,6 +21,8 @@ pub(crate) struct RequestedDevices {
     /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
     pub ends: HostEnds,
+    /// The region for memory that is plugged later.
+    pub hotplug: Option<Range<u64>>,
     /// What the host has failed them in. Ends with them.
     pub errors: mpsc::Receiver<DeviceError>,
     /// Where that comes from.
@@ -28,6 +33,7 @@ pub(crate) struct RequestedDevices {
 #[derive(Clone, Default)]
 pub(crate) struct HostEnds {
     pub balloon: Option<BalloonHandle>,
+    pub mem: Option<MemHandle>,
 }
 
 /// The devices of a config that was checked. `images` are those of its disks.
@@ -36,14 +42,17 @@ pub(crate) fn requested(
     images: Vec<Option<OwnedFd>>,
 ) -> Result<RequestedDevices, Failure> {
     let (told, errors) = mpsc::channel(WAITING_ERRORS);
-    let mut devices = RequestedDevices { specs: Vec::new(), ends: HostEnds::default(), errors, told };
+    let (specs, ends) = (Vec::new(), HostEnds::default());
+    let mut devices = RequestedDevices { specs, ends, hotplug: None, errors, told };
     block::add(&config.devices.block, images, &mut devices)?;
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
+    mem::add(config, &mut devices)?;
     Ok(devices)
 }
 
-/// What is wrong with the devices of a config.
-pub(crate) fn faults(config: &GuestConfig) -> Vec<ConfigFault> {
-    [block::faults(&config.devices.block), balloon::faults(config)].concat()
+/// What is wrong with the devices of a config; `host_bytes` is the host's memory.
+pub(crate) fn faults(config: &GuestConfig, host_bytes: u64) -> Vec<ConfigFault> {
+    let block = block::faults(&config.devices.block);
+    [block, balloon::faults(config), mem::faults(config, host_bytes)].concat()
 }

@@ -1,6 +1,7 @@
 //! Guest: the user's capability.
 
 use super::balloon::Balloon;
+use super::mem::Mem;
 use super::observer::Observed;
 use super::streams::{SerialStream, pump};
 use crate::guest::Guest;
@@ -53,13 +54,29 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetBalloonControllerResults,
     ) -> capnp::Result<()> {
         let mut results = results.get();
-        // What has ended is told by the controller itself.
-        if self.0.ends().is_some_and(|ends| ends.balloon.is_none()) {
-            let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no balloon");
-            results.set_controller(broken(&failure));
-            failure.write(results.init_error());
-        } else {
-            results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone())));
+        match self.0.end_of("balloon", |ends| ends.balloon.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            // What has ended is told by the controller itself.
+            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone()))),
+        }
+        Ok(())
+    }
+
+    async fn get_mem_controller(
+        self: Rc<Self>,
+        _: guest::GetMemControllerParams,
+        mut results: guest::GetMemControllerResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        match self.0.end_of("memory device", |ends| ends.mem.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Mem::new(self.0.clone()))),
         }
         Ok(())
     }

@@ -137,6 +137,7 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     })
 }
 

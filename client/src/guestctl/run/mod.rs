@@ -147,6 +147,7 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
         units: Vec::new(),
         devices: files.devices.config(lifecycle),
         catch_up_time: run.catch_up_time,
+        debug_exit: run.debug_exit,
     }
 }
 
