@@ -1,12 +1,13 @@
 //! Disks as the command line takes them: `path=FILE[,KEY=VALUE]…`.
 
 use crate::ending::{Outcome, Trouble};
-use crate::size;
+use crate::pairs::Pairs;
 use guest_client::{BlockConfig, BlockMode, Lifecycle, RateLimits};
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
-const KEYS: &str = "path, id, readonly, volatile, format, bps, bps-burst, iops, iops-burst, queues";
+const KEYS: [&str; 9] =
+    ["path", "id", "readonly", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,62 +20,24 @@ pub struct Disk {
     queues: u16,
 }
 
-/// Reads a disk. A comma ends a value, also in a path.
+/// Reads one `--disk`.
 pub fn parse(text: &str) -> Result<Disk, String> {
-    let (mut path, mut read_only, mut volatile) = (None, false, false);
-    let mut disk = Disk {
-        path: PathBuf::new(),
-        id: String::new(),
-        mode: BlockMode::ReadWrite,
-        limits: RateLimits::default(),
-        queues: 1,
+    let pairs = Pairs::read(text, &KEYS)?;
+    pairs.text("format").map_or(Ok(()), format)?;
+    let path = pairs.text("path").filter(|path| !path.is_empty()).ok_or("path=FILE is missing")?;
+    let limits = RateLimits {
+        bytes_per_second: pairs.size("bps")?.unwrap_or(0),
+        bytes_burst: pairs.size("bps-burst")?.unwrap_or(0),
+        operations_per_second: pairs.number("iops")?.unwrap_or(0),
+        operations_burst: pairs.number("iops-burst")?.unwrap_or(0),
     };
-    let mut seen = Vec::new();
-    for item in text.split(',') {
-        let (key, value) = item
-            .split_once('=')
-            .ok_or_else(|| format!("{item:?} is no KEY=VALUE: a disk is path=FILE and then any of {KEYS}"))?;
-        if seen.contains(&key) {
-            return Err(format!("{key} is there twice"));
-        }
-        seen.push(key);
-        let amount = || size::parse(value).map_err(|problem| format!("{key}: {problem}"));
-        match key {
-            "path" => path = Some(PathBuf::from(value)),
-            "id" => disk.id = value.to_owned(),
-            "readonly" => read_only = switch(key, value)?,
-            "volatile" => volatile = switch(key, value)?,
-            "format" => format(value)?,
-            "bps" => disk.limits.bytes_per_second = amount()?,
-            "bps-burst" => disk.limits.bytes_burst = amount()?,
-            "iops" => disk.limits.operations_per_second = number(key, value)?,
-            "iops-burst" => disk.limits.operations_burst = number(key, value)?,
-            "queues" => {
-                disk.queues = value.parse().map_err(|_| format!("queues: {value:?} is not from 1 to 16"))?;
-            }
-            _ => return Err(format!("{key:?} is none of {KEYS}")),
-        }
-    }
-    disk.path = path.filter(|path| !path.as_os_str().is_empty()).ok_or("path=FILE is missing")?;
-    disk.mode = match (read_only, volatile) {
-        (true, true) => return Err("readonly and volatile are one too many: nothing is written".into()),
-        (true, false) => BlockMode::ReadOnly,
-        (false, true) => BlockMode::VolatileWrite,
-        (false, false) => BlockMode::ReadWrite,
-    };
-    Ok(disk)
-}
-
-fn number(key: &str, value: &str) -> Result<u64, String> {
-    value.parse().map_err(|_| format!("{key}: {value:?} is no whole number"))
-}
-
-fn switch(key: &str, value: &str) -> Result<bool, String> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err(format!("{key}: {value:?} is neither on nor off")),
-    }
+    Ok(Disk {
+        path: path.into(),
+        id: pairs.text("id").unwrap_or_default().to_owned(),
+        mode: if pairs.switch("readonly")? { BlockMode::ReadOnly } else { BlockMode::ReadWrite },
+        limits,
+        queues: pairs.number("queues")?.unwrap_or(1),
+    })
 }
 
 fn format(value: &str) -> Result<(), String> {
@@ -138,25 +101,22 @@ mod tests {
         let expected =
             Disk { path: "x".into(), id: "root".into(), mode: BlockMode::ReadOnly, limits, queues: 2 };
         assert_eq!(disk, Ok(expected));
-        let mode = |text: &str| parse(text).expect("valid").mode;
-        assert_eq!(mode("path=x,volatile=on,readonly=off"), BlockMode::VolatileWrite);
     }
 
     #[test]
     fn what_is_no_disk_says_why() {
         for (text, reason) in [
-            ("", "\"\" is no KEY=VALUE: a disk is path=FILE"),
+            ("", "path=FILE is missing"),
             ("x.img", "\"x.img\" is no KEY=VALUE"),
             ("id=a", "path=FILE is missing"),
             ("path=", "path=FILE is missing"),
             ("path=a,path=b", "path is there twice"),
             ("path=a,ro=on", "\"ro\" is none of path, id, readonly"),
             ("path=a,readonly=yes", "readonly: \"yes\" is neither on nor off"),
-            ("path=a,readonly=on,volatile=on", "one too many"),
             ("path=a,format=vmdk", "\"vmdk\" is none of raw, qcow2"),
             ("path=a,format=qcow2", "qcow2 is not supported yet"),
             ("path=a,bps=fast", "bps: a size is a whole number"),
-            ("path=a,iops=1k", "iops: \"1k\" is no whole number"),
+            ("path=a,iops=1k", "iops: \"1k\" is no number that can be"),
             ("path=a,queues=many", "queues: \"many\" is not"),
         ] {
             let error = parse(text).expect_err(text);

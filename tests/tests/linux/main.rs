@@ -2,6 +2,7 @@
 //! drivers with our devices, a file for each.
 
 mod balloon;
+mod block;
 mod rng;
 
 use std::process::ExitCode;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
         test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
+        test("linux_keeps_files_on_a_disk", block::linux_keeps_files_on_a_disk),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
     ];
     requirements::run(trials, || SHARED.close())
