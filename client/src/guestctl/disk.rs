@@ -117,7 +117,7 @@ mod tests {
             ("path=a,format=qcow2", "qcow2 is not supported yet"),
             ("path=a,bps=fast", "bps: a size is a whole number"),
             ("path=a,iops=1k", "iops: \"1k\" is no number that can be"),
-            ("path=a,queues=many", "queues: \"many\" is not"),
+            ("path=a,queues=many", "queues: \"many\" is no number that can be"),
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.contains(reason), "{text}: {error}");
