@@ -22,7 +22,7 @@ fn does(guest: &LabGuest<'_>, command: &str) -> anyhow::Result<String> {
 fn fio(kind: &str) -> String {
     format!(
         "fio --name={kind} --directory=/mnt --rw={kind} --bs=4k --size=2M --numjobs=4 --ioengine=psync --direct=1 \
-         --verify=crc32c --do_verify=1 --verify_fatal=1 --group_reporting --minimal >/tmp/fio && rm /mnt/*"
+         --verify=crc32c --do_verify=1 --verify_fatal=1 --group_reporting --minimal >/tmp/fio && rm /mnt/{kind}.*"
     )
 }
 
