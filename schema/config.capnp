@@ -20,7 +20,7 @@ struct GuestConfig {
   onReset @4 :OnReset;
 
   block @5 :List(BlockConfig);
-  # At most 32. Not supported yet, like console, vsock, balloon and mem: badConfig.
+  # At most 32, in the order in which the guest finds them.
   net @6 :List(NetConfig);
   # At most 32.
   console @7 :Bool;
@@ -118,22 +118,40 @@ struct MemoryConfig {
 }
 
 struct BlockConfig {
+  # A disk. Its image is locked while the guest has it (F_OFD_SETLK of fcntl(2)): one that another guest or process writes, and one
+  # to be written that another reads, is badConfig.
+
   id @0 :Text;
-  # At most 20 bytes.
+  # What the guest reads as the disk's serial number: at most 20 bytes, and no two the same unless they are empty.
   mode @1 :BlockMode;
   format :union {
     file @2 :Common.FileSource;
+    # A raw image: a descriptor of a regular file or block device, opened for reading and, with readWrite, for writing. Its
+    # size, rounded down to a sector of 512 bytes, is the disk's; it needs one sector at least.
     qcow2 @3 :Common.FileSource;
+    # Not supported yet: badConfig, like `service`.
     service @4 :AnyPointer;
     # A block service, whose interface comes with the devices.
   }
+  limits @5 :RateLimits;
+  queues @6 :UInt16 = 1;
+  # Virtqueues, 1 to 16. One thread serves them all: more of them help guests whose processors contend for one.
+}
+
+struct RateLimits {
+  # How much a device may do: token buckets. 0 a second is no limit; a burst of 0 is what comes in a second.
+
+  bytesPerSecond @0 :UInt64;
+  bytesBurst @1 :UInt64;
+  operationsPerSecond @2 :UInt64;
+  operationsBurst @3 :UInt64;
 }
 
 enum BlockMode {
   readWrite @0;
   readOnly @1;
   volatileWrite @2;
-  # Writes end with the guest.
+  # Writes stay in the VMM's memory and end with the guest; the image is only read.
 }
 
 struct NetConfig {

@@ -330,7 +330,22 @@ struct Event {
     # Its kernel has panicked.
     powerButton @7 :Void;
     # Its operator has pressed its power button.
+    deviceError @8 :DeviceError;
+    # The host has failed a device.
   }
+}
+
+struct DeviceError {
+  # The host failed what a device was to do; the guest was told, as hardware tells it. At most eight of one device in ten seconds.
+
+  device @0 :Text;
+  # The device's state unit.
+  operation @1 :Text;
+  # Of a disk: read, write, flush, discard, or "write of zeros".
+  detail @2 :Text;
+  # What the host says.
+  suppressed @3 :UInt64;
+  # How many more there were since the last one that was told.
 }
 
 struct PanicReport {

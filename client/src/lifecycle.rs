@@ -44,7 +44,7 @@ impl Lifecycle {
         Self { client, files, channel, launched, lease: watch::Sender::new(()) }
     }
 
-    /// Makes an open regular file or memfd part of a config for this lifecycle: its descriptor goes with the next message, or,
+    /// Makes an open regular file, memfd or block device part of a config for this lifecycle: its descriptor goes with the next message, or,
     /// on a proxied lifecycle, this process serves reads of it. Each result is good for one `create`; at most 512 may wait.
     pub fn file(&self, file: impl Into<OwnedFd>) -> FileSource {
         match self.files {

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use guest_saved_state::devices::balloon::BalloonState;
+use guest_saved_state::devices::block::BlockState;
 use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
@@ -40,6 +41,7 @@ impl Root {
 fn roots() -> [Root; 12] {
     [
         Root::of::<BalloonState>(),
+        Root::of::<BlockState>(),
         Root::of::<GenericEventState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),

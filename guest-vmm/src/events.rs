@@ -2,7 +2,7 @@
 
 use crate::shown::{micros, since_1970};
 use guest_schema::guest_capnp::event_sink;
-use guest_schema::{Event, EventKind, Exit, Failure, PanicReport, Phase, TransitionEnd};
+use guest_schema::{DeviceError, Event, EventKind, Exit, Failure, PanicReport, Phase, TransitionEnd};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -44,6 +44,11 @@ impl EventLog {
             duration_us: micros(took),
             failure: result.as_ref().err().cloned(),
         }));
+    }
+
+    /// The host has failed a device.
+    pub fn device_error(&self, error: DeviceError) {
+        self.record(EventKind::DeviceError(error));
     }
 
     /// Its kernel has panicked.

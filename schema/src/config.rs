@@ -349,7 +349,7 @@ fn write_cpuid_mask(
     }
 }
 
-fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault>) -> String {
+pub(crate) fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault>) -> String {
     if let Ok(text) = text.to_str() {
         return text.to_owned();
     }
@@ -358,7 +358,7 @@ fn utf8(text: capnp::text::Reader<'_>, field: &str, faults: &mut Vec<ConfigFault
     text
 }
 
-fn read_file(
+pub(crate) fn read_file(
     reader: file_source::Reader<'_>,
     field: &str,
     faults: &mut Vec<ConfigFault>,
@@ -374,7 +374,7 @@ fn read_file(
     })
 }
 
-fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>) {
+pub(crate) fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>) {
     match source {
         None => builder.set_none(()),
         Some(FileSource::Descriptor(number)) => builder.set_descriptor(*number),
@@ -408,6 +408,7 @@ mod tests {
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
             devices: DevicesConfig {
+                block: Vec::new(),
                 rng: true,
                 balloon: true,
                 mem: Some(MemDeviceConfig::of_region(1 << 30)),
@@ -459,10 +460,10 @@ mod tests {
     fn everything_not_supported_is_named() {
         let read = message(|mut builder| {
             builder.reborrow().get_source().init_boot().set_kernel_type(wire::KernelType::Zircon);
-            builder.reborrow().init_block(1);
             builder.set_gpu(true);
+            builder.set_sound(true);
         });
         let fields: Vec<&str> = read.faults.iter().map(|fault| &fault.field[..]).collect();
-        assert_eq!(fields, ["source.boot.kernelType", "block", "gpu"]);
+        assert_eq!(fields, ["source.boot.kernelType", "gpu", "sound"]);
     }
 }

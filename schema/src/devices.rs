@@ -2,11 +2,13 @@
 
 use crate::config_capnp as wire;
 use crate::vsock::VsockConfig;
-use crate::{ConfigFault, MemDeviceConfig, NetConfig, config::not_supported};
+use crate::{BlockConfig, ConfigFault, MemDeviceConfig, NetConfig, config::not_supported};
 
 /// The devices of a guest, beside those of the board. None, unless asked for.
 #[derive(Debug, Clone, Default)]
 pub struct DevicesConfig {
+    /// Disks, in the order in which the guest finds them.
+    pub block: Vec<BlockConfig>,
     /// The entropy device.
     pub rng: bool,
     /// The vsock device.
@@ -26,12 +28,14 @@ impl DevicesConfig {
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
+        let block = BlockConfig::read_all(reader.get_block()?, faults)?;
         let mem = if reader.has_mem() { Some(MemDeviceConfig::read(reader.get_mem()?)) } else { None };
         let vsock = match reader.has_vsock() {
             true => Some(VsockConfig::read(reader.get_vsock()?, faults)?),
             false => None,
         };
         Ok(Self {
+            block,
             rng: reader.get_rng(),
             balloon: reader.get_balloon(),
             mem,
@@ -42,7 +46,8 @@ impl DevicesConfig {
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng, balloon, mem, net, vsock } = self;
+        let Self { block, rng, balloon, mem, net, vsock } = self;
+        BlockConfig::write_all(block, |count| builder.reborrow().init_block(count));
         builder.set_rng(*rng);
         builder.set_balloon(*balloon);
         if let Some(mem) = mem {
@@ -60,7 +65,6 @@ fn read_unsupported(
     faults: &mut Vec<ConfigFault>,
 ) -> capnp::Result<()> {
     let asked_for = [
-        ("block", !reader.get_block()?.is_empty()),
         ("console", reader.get_console()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),

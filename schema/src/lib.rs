@@ -6,6 +6,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("guestd runs on Linux on x86-64 only");
 
+mod block;
 mod config;
 mod debug;
 mod devices;
@@ -18,6 +19,7 @@ mod timeline;
 mod units;
 mod vsock;
 
+pub use block::{BlockConfig, BlockMode, RateLimits};
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
 };
@@ -31,7 +33,9 @@ pub use generated::*;
 pub use mem::MemDeviceConfig;
 pub use net::{MacAddress, NetBackend, NetConfig, NotAMacAddress};
 pub use state::{GuestState, Panic, Phase, Rendering, UnitStatus, VpState};
-pub use timeline::{Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep};
+pub use timeline::{
+    DeviceError, Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep,
+};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
 pub use vsock::VsockConfig;
 

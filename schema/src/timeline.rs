@@ -1,7 +1,7 @@
 //! What became of a guest, as plain Rust: its events, and the transitions of its state units.
 
 use crate::failure::lossy;
-use crate::guest_capnp::{event, panic_report, transition, transition_end, unit_step};
+use crate::guest_capnp::{device_error, event, panic_report, transition, transition_end, unit_step};
 use crate::state::{Panic, Phase, length, mirrored};
 use crate::{Exit, Failure};
 use capnp::struct_list;
@@ -32,6 +32,21 @@ pub enum EventKind {
     Panic(PanicReport),
     /// Its operator has pressed its power button.
     PowerButton,
+    /// The host has failed a device.
+    DeviceError(DeviceError),
+}
+
+/// The host failed what a device was to do; the guest was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceError {
+    /// The device's state unit.
+    pub device: String,
+    /// What it was to do.
+    pub operation: String,
+    /// What the host says.
+    pub detail: String,
+    /// How many more there were since the last one that was told.
+    pub suppressed: u64,
 }
 
 /// What a guest has reported of its kernel.
@@ -66,6 +81,7 @@ impl Event {
             EventKind::Terminated(exit) => exit.write(builder.init_terminated()),
             EventKind::Panic(report) => report.write(builder.init_panic()),
             EventKind::PowerButton => builder.set_power_button(()),
+            EventKind::DeviceError(error) => error.write(builder.init_device_error()),
         }
     }
 
@@ -77,12 +93,32 @@ impl Event {
             event::Terminated(exit) => EventKind::Terminated(Exit::read(exit?)?),
             event::Panic(report) => EventKind::Panic(PanicReport::read(report?)?),
             event::PowerButton(()) => EventKind::PowerButton,
+            event::DeviceError(error) => EventKind::DeviceError(DeviceError::read(error?)?),
         };
         Ok(Self {
             sequence: reader.get_sequence(),
             missed: reader.get_missed(),
             at_us: reader.get_at_us(),
             kind,
+        })
+    }
+}
+
+impl DeviceError {
+    fn write(&self, mut builder: device_error::Builder<'_>) {
+        let Self { device, operation, detail, suppressed } = self;
+        builder.set_device(&device[..]);
+        builder.set_operation(&operation[..]);
+        builder.set_detail(&detail[..]);
+        builder.set_suppressed(*suppressed);
+    }
+
+    fn read(reader: device_error::Reader<'_>) -> capnp::Result<Self> {
+        Ok(Self {
+            device: lossy(reader.get_device()?),
+            operation: lossy(reader.get_operation()?),
+            detail: lossy(reader.get_detail()?),
+            suppressed: reader.get_suppressed(),
         })
     }
 }
@@ -233,6 +269,12 @@ mod tests {
             EventKind::Panic(PanicReport { panic: Panic::Panicked, count: 1 }),
             EventKind::Panic(PanicReport { panic: Panic::CrashLoaded, count: u32::MAX }),
             EventKind::PowerButton,
+            EventKind::DeviceError(DeviceError {
+                device: "block0".into(),
+                operation: "write".into(),
+                detail: "no space".into(),
+                suppressed: 3,
+            }),
         ];
         for (sequence, kind) in (7..).zip(kinds) {
             let event = Event { sequence, missed: 3, at_us: 1_700_000_000_000_000, kind };

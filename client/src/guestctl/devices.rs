@@ -4,6 +4,7 @@ mod mem;
 mod net;
 mod tap;
 
+use crate::disk::{self, Disk, OpenDisk};
 use crate::ending::Outcome;
 use crate::run::VsockOption;
 use clap::Args;
@@ -28,6 +29,10 @@ Examples:
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices")]
 pub struct DeviceOptions {
+    /// Give the guest a disk (virtio-blk): path=FILE of a raw image or block device, then any of id=TEXT (its serial number),
+    /// readonly=on, bps=SIZE and iops=N (limits a second; bps-burst, iops-burst), queues=N; may be given again
+    #[arg(long, value_name = "DISK", value_parser = disk::parse)]
+    pub disk: Vec<Disk>,
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux
     #[arg(long)]
     pub rng: bool,
@@ -52,23 +57,27 @@ pub struct DeviceOptions {
 impl DeviceOptions {
     /// Opens what they name, with the user's own rights.
     pub fn open(&self) -> Outcome<OpenDevices> {
+        let disks = self.disk.iter().map(Disk::open).collect::<Outcome<_>>()?;
         let net = self.net.iter().map(NetOption::open).collect::<Outcome<_>>()?;
-        Ok(OpenDevices { rng: self.rng, balloon: self.balloon, mem: self.mem, net })
+        Ok(OpenDevices { disks, net, rng: self.rng, balloon: self.balloon, mem: self.mem })
     }
 }
 
 /// What a guest's devices are made of, open.
 pub struct OpenDevices {
+    disks: Vec<OpenDisk>,
+    net: Vec<OpenNet>,
     rng: bool,
     balloon: bool,
     mem: Option<MemDeviceConfig>,
-    net: Vec<OpenNet>,
 }
 
 impl OpenDevices {
     /// The devices of a guest of this lifecycle. A vsock device comes with its sockets.
     pub fn config(self, lifecycle: &Lifecycle) -> Outcome<DevicesConfig> {
-        let net = self.net.into_iter().map(|net| net.config(lifecycle)).collect::<Outcome<_>>()?;
-        Ok(DevicesConfig { rng: self.rng, balloon: self.balloon, mem: self.mem, net, vsock: None })
+        let Self { disks, net, rng, balloon, mem } = self;
+        let block = disks.into_iter().map(|disk| disk.config(lifecycle)).collect();
+        let net = net.into_iter().map(|net| net.config(lifecycle)).collect::<Outcome<_>>()?;
+        Ok(DevicesConfig { block, net, rng, balloon, mem, vsock: None })
     }
 }

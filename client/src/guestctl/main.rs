@@ -8,6 +8,7 @@ mod cpus;
 mod debug;
 mod demo;
 mod devices;
+mod disk;
 mod dump;
 mod duration;
 mod ending;

@@ -298,6 +298,8 @@ Examples:
   printf 'memory\\npoweroff\\n' | guestctl run --json
   echo debug-exit 16 | guestctl run --debug-exit; test $? = 33
   guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'
+  guestctl run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk path=root.img,id=root
+  guestctl run --disk path=data.img,bps=100M,iops=5000 --disk path=tools.img,readonly=on
   guestctl run --kernel vmlinuz --initrd initrd.gz --vsock path=web.sock
 
 --vsock path=web.sock: write `CONNECT 80` and a newline to web.sock, and it is connected to the guest's port 80 once it has answered \

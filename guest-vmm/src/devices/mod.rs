@@ -1,6 +1,7 @@
 //! The devices that a config asks for, on their way into the machine. A new device is one more line in [`requested`].
 
 mod balloon;
+pub(crate) mod block;
 pub(crate) mod mem;
 mod net;
 mod rng;
@@ -10,18 +11,26 @@ use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
 use ::devices::virtio::mem::MemHandle;
 use ::devices::virtio::vsock::VsockHost;
-use guest_schema::{ConfigFault, DevicesConfig, Failure, GuestConfig};
+use guest_schema::{ConfigFault, DeviceError, DevicesConfig, Failure, GuestConfig};
 use guest_transport::Descriptors;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
+use tokio::sync::mpsc;
+
+/// How many failures of devices may wait to be told.
+const WAITING_ERRORS: usize = 64;
 
 /// What a guest's devices become.
-#[derive(Default)]
 pub(crate) struct RequestedDevices {
     /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
     pub ends: HostEnds,
     /// The region for memory that is plugged later.
     pub hotplug: Option<Range<u64>>,
+    /// What the host has failed them in. Ends with them.
+    pub errors: mpsc::Receiver<DeviceError>,
+    /// Where that comes from.
+    told: mpsc::Sender<DeviceError>,
 }
 
 /// The host's ends of the devices that have one.
@@ -35,20 +44,27 @@ pub(crate) struct HostEnds {
 /// What the devices of a config have on the host: descriptors, taken from the channel on which the config came.
 #[derive(Default)]
 pub(crate) struct Backends {
+    /// Of each disk.
+    images: Vec<Option<OwnedFd>>,
     net: Vec<net::RequestedNet>,
 }
 
 impl Backends {
     /// Takes them. What cannot be is a fault, and so is what a config says of devices that no guest can have.
     pub fn take(config: &DevicesConfig, descriptors: &Descriptors, faults: &mut Vec<ConfigFault>) -> Self {
-        Self { net: net::take(&config.net, descriptors, faults) }
+        let images = block::take_images(&config.block, descriptors, faults);
+        Self { images, net: net::take(&config.net, descriptors, faults) }
     }
 }
 
 /// The devices of a config that was checked, in the order in which a guest finds them.
 pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<RequestedDevices, Failure> {
-    let mut devices = RequestedDevices::default();
-    net::add(backends.net, &mut devices)?;
+    let (told, errors) = mpsc::channel(WAITING_ERRORS);
+    let (specs, ends) = (Vec::new(), HostEnds::default());
+    let mut devices = RequestedDevices { specs, ends, hotplug: None, errors, told };
+    let Backends { images, net } = backends;
+    block::add(&config.devices.block, images, &mut devices)?;
+    net::add(net, &mut devices)?;
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
     mem::add(config, &mut devices)?;
@@ -58,5 +74,6 @@ pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<Requ
 
 /// What is wrong with the devices of a config; `host_bytes` is the host's memory.
 pub(crate) fn faults(config: &GuestConfig, host_bytes: u64) -> Vec<ConfigFault> {
-    [balloon::faults(config), mem::faults(config, host_bytes)].concat()
+    let block = block::faults(&config.devices.block);
+    [block, balloon::faults(config), mem::faults(config, host_bytes)].concat()
 }

@@ -9,7 +9,9 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin
 pub mod devices {
     /// The memory balloon.
     #[rustfmt::skip]
-    pub mod balloon; /// The Generic Event Device.
+    pub mod balloon; /// The block device.
+    #[rustfmt::skip]
+    pub mod block; /// The Generic Event Device.
     #[rustfmt::skip]
     pub mod generic_event; /// The keyboard controller, and system control port B beside it.
     #[rustfmt::skip]

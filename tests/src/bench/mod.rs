@@ -1,5 +1,5 @@
 //! The benchmarks: what a guest's life costs, beside what the bare system calls of the same cost in the same run; and in
-//! [`units`] what a transition of state units costs, beside bare channels, and in [`vps`] what VPs cost.
+//! [`units`] what a transition of state units costs, beside bare channels, in [`vps`] what VPs cost, and in [`devices`] what devices do.
 //!
 //! Parts: [`figure`] is what is measured and what comes of it; each other module is a group of figures, which `GROUPS` lists.
 //! In every round every group takes its turn, so that whatever else the machine does meanwhile hits the floor and guestd alike.
@@ -9,6 +9,7 @@
 //!
 //! Limits: one machine's own /dev/kvm; nothing here is a test, and no figure fails the run.
 
+pub mod devices;
 pub mod figure;
 mod floor;
 mod launch;

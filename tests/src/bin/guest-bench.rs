@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use guest_tests::bench::{self, figure, units, vps};
+use guest_tests::bench::{self, devices, figure, units, vps};
 use serde::Serialize;
 
 /// Measures guestd beside the bare system calls and channels that it is made of, in the same run.
@@ -33,6 +33,10 @@ enum Benchmark {
     ///
     /// It needs /dev/kvm, and no other program.
     Vps(Vps),
+    /// Devices, each driven by a fake driver in this process: disks, beside bare io_uring on the same file
+    ///
+    /// It needs no KVM and no other program.
+    Devices(Devices),
     /// Be the client that is killed
     #[command(hide = true)]
     Hold {
@@ -73,6 +77,16 @@ struct Vps {
     counts: Vec<u32>,
 }
 
+#[derive(Debug, Args)]
+struct Devices {
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Where files of 128 MiB may be [default: the folder for temporary files]
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
+}
+
 fn main() -> anyhow::Result<()> {
     let Arguments { json, allow_debug, benchmark } = Arguments::parse();
     if !allow_debug && !matches!(benchmark, Benchmark::Hold { .. }) {
@@ -82,6 +96,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Life(life) => write(json.as_deref(), &measure_life(&life)?),
         Benchmark::Units(units) => write(json.as_deref(), &measure_units(units)?),
         Benchmark::Vps(vps) => write(json.as_deref(), &measure_vps(vps)?),
+        Benchmark::Devices(devices) => write(json.as_deref(), &measure_devices(&devices)?),
         Benchmark::Hold { socket } => block_on(bench::hold(&socket)),
     }
 }
@@ -111,6 +126,14 @@ fn measure_vps(Vps { rounds, counts }: Vps) -> anyhow::Result<Vec<vps::Row>> {
     let rows = vps::measure(&vps::Plan { counts, rounds })?;
     println!("{rounds} rounds");
     print!("{}", vps::table(&rows));
+    Ok(rows)
+}
+
+fn measure_devices(Devices { rounds, folder }: &Devices) -> anyhow::Result<Vec<figure::Row>> {
+    let folder = folder.clone().unwrap_or_else(std::env::temp_dir);
+    let rows = devices::measure(&folder, *rounds)?;
+    println!("{rounds} rounds");
+    print!("{}", figure::table(&rows));
     Ok(rows)
 }
 

@@ -316,7 +316,7 @@ async fn what_is_not_supported_is_listed() -> Story {
     let detail = bad_config(create_bare(everything).await?)?;
     for field in [
         "source.boot.kernelType: zircon is not supported",
-        "block: not supported",
+        "block[0].format.file: none was given",
         "net[0].backend.vhostUser: not supported",
         "console: not supported",
         "vsock.listeners[0].acceptor: none was given",

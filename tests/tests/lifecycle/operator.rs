@@ -31,6 +31,7 @@ fn told(events: &[Event]) -> Vec<String> {
         EventKind::Phase(phase) => phase.name().to_owned(),
         EventKind::Transition(end) if end.failure.is_some() => format!("{} failed", end.operation),
         EventKind::Transition(end) => format!("{} done", end.operation),
+        EventKind::DeviceError(error) => format!("{} failed", error.device),
         EventKind::Terminated(exit) => format!("{:?}", exit.outcome),
         EventKind::Panic(report) => format!("{:?}", report.panic),
         EventKind::PowerButton => "power button".to_owned(),

@@ -2,6 +2,7 @@
 //! drivers with our devices, a file for each.
 
 mod balloon;
+mod block;
 mod board;
 mod mem;
 mod rng;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         test("a_linux_that_does_not_listen_is_forced", board::a_linux_that_does_not_listen_is_forced),
         test("a_panic_of_linux_is_told", board::a_panic_of_linux_is_told),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
+        test("linux_keeps_files_on_a_disk", block::linux_keeps_files_on_a_disk),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
         test("memory_is_plugged_and_unplugged", mem::memory_is_plugged_and_unplugged),
         test("linux_connects_and_is_connected_to", vsock::linux_connects_and_is_connected_to),

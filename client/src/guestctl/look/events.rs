@@ -26,6 +26,13 @@ fn what(kind: &EventKind) -> String {
         EventKind::Panic(PanicReport { panic, count: 1 }) => format!("panic: {}", panic.name()),
         EventKind::Panic(PanicReport { panic, count }) => format!("panic: {}, {count} reports", panic.name()),
         EventKind::PowerButton => "power button pressed".to_owned(),
+        EventKind::DeviceError(error) => {
+            let more = match error.suppressed {
+                0 => String::new(),
+                count => format!(" (and {count} more)"),
+            };
+            format!("{}: a {} failed: {}{more}", error.device, error.operation, error.detail)
+        }
     }
 }
 
@@ -50,6 +57,12 @@ pub fn as_json(event: &Event) -> String {
         }),
         EventKind::Panic(report) => json!({"panic": report.panic.name(), "count": report.count}),
         EventKind::PowerButton => json!({"power_button": "pressed"}),
+        EventKind::DeviceError(error) => json!({
+            "device_error": error.device,
+            "operation": error.operation,
+            "detail": error.detail,
+            "suppressed": error.suppressed,
+        }),
     };
     format!("{object}\n")
 }
@@ -57,7 +70,7 @@ pub fn as_json(event: &Event) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use guest_client::{Exit, Failure, GuestError, Phase, TransitionEnd};
+    use guest_client::{DeviceError, Exit, Failure, GuestError, Phase, TransitionEnd};
 
     fn event(kind: EventKind) -> Event {
         Event { sequence: 4, missed: 0, at_us: 3_723_000_042, kind }
@@ -85,6 +98,15 @@ mod tests {
             (
                 EventKind::Panic(PanicReport { panic: Panic::CrashLoaded, count: 3 }),
                 "01:02:03.000042      4  panic: crashLoaded, 3 reports\n".to_owned(),
+            ),
+            (
+                EventKind::DeviceError(DeviceError {
+                    device: "block0".into(),
+                    operation: "write".into(),
+                    detail: "no space".into(),
+                    suppressed: 3,
+                }),
+                "01:02:03.000042      4  block0: a write failed: no space (and 3 more)\n".to_owned(),
             ),
         ];
         for (kind, expected) in cases {

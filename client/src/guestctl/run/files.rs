@@ -1,4 +1,4 @@
-//! The files that a guest is booted from, opened with the user's own rights.
+//! The files that a guest is booted from and works with, opened with the user's own rights.
 
 use crate::devices::OpenDevices;
 use crate::ending::{Outcome, Trouble};

@@ -9,12 +9,14 @@
 //! - [`VirtQueue`] hands out [`Chain`]s: checked in whole before a device sees them; what is wrong with one is a [`QueueFault`],
 //!   at which the device reports that it needs a reset
 //! - [`VirtioMmio`] is the transport; a [`VirtioSpec`] is a device on its way into a machine
+//! - [`block`] is a disk; [`rate_limit`] bounds what a device does
 //! - [`fake_driver`] is a guest's side of a device, for tests, fuzzing and benchmarks
 //!
 //! Limits: split queues (the queue library has no packed ones); no shared memory regions; a queue keeps its buffers until the whole
 //! device is reset.
 
 pub mod balloon;
+pub mod block;
 mod chain;
 mod device;
 mod event;
@@ -26,6 +28,7 @@ mod mmio;
 pub mod net;
 mod queue;
 mod ram;
+pub mod rate_limit;
 mod rng;
 mod saved;
 #[cfg(test)]

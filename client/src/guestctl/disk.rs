@@ -1,0 +1,126 @@
+//! Disks as the command line takes them: `path=FILE[,KEY=VALUE]…`.
+
+use crate::ending::{Outcome, Trouble};
+use crate::pairs::Pairs;
+use guest_client::{BlockConfig, BlockMode, Lifecycle, RateLimits};
+use std::fs::{File, OpenOptions};
+use std::path::PathBuf;
+
+const KEYS: [&str; 9] =
+    ["path", "id", "readonly", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    path: PathBuf,
+    id: String,
+    mode: BlockMode,
+    limits: RateLimits,
+    queues: u16,
+}
+
+/// Reads one `--disk`.
+pub fn parse(text: &str) -> Result<Disk, String> {
+    let pairs = Pairs::read(text, &KEYS)?;
+    pairs.text("format").map_or(Ok(()), format)?;
+    let path = pairs.text("path").filter(|path| !path.is_empty()).ok_or("path=FILE is missing")?;
+    let limits = RateLimits {
+        bytes_per_second: pairs.size("bps")?.unwrap_or(0),
+        bytes_burst: pairs.size("bps-burst")?.unwrap_or(0),
+        operations_per_second: pairs.number("iops")?.unwrap_or(0),
+        operations_burst: pairs.number("iops-burst")?.unwrap_or(0),
+    };
+    Ok(Disk {
+        path: path.into(),
+        id: pairs.text("id").unwrap_or_default().to_owned(),
+        mode: if pairs.switch("readonly")? { BlockMode::ReadOnly } else { BlockMode::ReadWrite },
+        limits,
+        queues: pairs.number("queues")?.unwrap_or(1),
+    })
+}
+
+fn format(value: &str) -> Result<(), String> {
+    match value {
+        "raw" => Ok(()),
+        "qcow2" => {
+            Err("format: qcow2 is not supported yet; `qemu-img convert -O raw` makes a raw image".into())
+        }
+        _ => Err(format!("format: {value:?} is none of raw, qcow2")),
+    }
+}
+
+/// A disk whose image is open.
+#[derive(Debug)]
+pub struct OpenDisk {
+    disk: Disk,
+    image: File,
+}
+
+impl Disk {
+    /// Opens the image with the user's own rights: for writing only if the guest may.
+    pub fn open(&self) -> Outcome<OpenDisk> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(self.mode == BlockMode::ReadWrite);
+        let image = options
+            .open(&self.path)
+            .map_err(|error| Trouble::Usage(format!("--disk path={}: {error}", self.path.display())))?;
+        Ok(OpenDisk { disk: self.clone(), image })
+    }
+}
+
+impl OpenDisk {
+    /// The disk as part of a config.
+    pub fn config(self, lifecycle: &Lifecycle) -> BlockConfig {
+        let Disk { path: _, id, mode, limits, queues } = self.disk;
+        BlockConfig { id, limits, queues, ..BlockConfig::raw(lifecycle.file(self.image), mode) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_a_path_and_more() {
+        let disk = parse("path=/a b/c.img").expect("valid");
+        assert_eq!(
+            (disk.path.to_str(), disk.mode, disk.queues),
+            (Some("/a b/c.img"), BlockMode::ReadWrite, 1)
+        );
+        assert_eq!(disk.limits, RateLimits::default());
+        let disk = parse(
+            "id=root,path=x,readonly=on,format=raw,bps=10M,iops=1000,iops-burst=5,bps-burst=1G,queues=2",
+        );
+        let limits = RateLimits {
+            bytes_per_second: 10 << 20,
+            bytes_burst: 1 << 30,
+            operations_per_second: 1000,
+            operations_burst: 5,
+        };
+        let expected =
+            Disk { path: "x".into(), id: "root".into(), mode: BlockMode::ReadOnly, limits, queues: 2 };
+        assert_eq!(disk, Ok(expected));
+    }
+
+    #[test]
+    fn what_is_no_disk_says_why() {
+        for (text, reason) in [
+            ("", "path=FILE is missing"),
+            ("x.img", "\"x.img\" is no KEY=VALUE"),
+            ("id=a", "path=FILE is missing"),
+            ("path=", "path=FILE is missing"),
+            ("path=a,path=b", "path is there twice"),
+            ("path=a,ro=on", "\"ro\" is none of path, id, readonly"),
+            ("path=a,readonly=yes", "readonly: \"yes\" is neither on nor off"),
+            ("path=a,format=vmdk", "\"vmdk\" is none of raw, qcow2"),
+            ("path=a,format=qcow2", "qcow2 is not supported yet"),
+            ("path=a,bps=fast", "bps: a size is a whole number"),
+            ("path=a,iops=1k", "iops: \"1k\" is no number that can be"),
+            ("path=a,queues=many", "queues: \"many\" is no number that can be"),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Block devices, by what drivers see of them.
+
+mod faulty;
+mod model;
+mod requests;
+mod shapes;
+mod under_way;
+
+use super::{Block, BlockError, BlockHandle, BlockOptions, DiskImage, ImageFile, OnError, UringDisk};
+use crate::virtio::fake_driver::{Buffer, FakeDriver, Reply};
+use crate::virtio::rate_limit::RateLimits;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+const SECTOR: usize = 512;
+/// Of the disks here, unless they say otherwise.
+const SECTORS: u64 = 2048;
+
+/// A disk, its driver, its host.
+struct Stage {
+    driver: FakeDriver,
+    handle: BlockHandle,
+    file: File,
+    errors: Arc<Mutex<Vec<BlockError>>>,
+}
+
+/// What a stage's disk is.
+#[derive(Clone, Copy)]
+struct Shape {
+    read_only: bool,
+    queues: u16,
+    features: u64,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { read_only: false, queues: 1, features: u64::MAX }
+    }
+}
+
+/// A file of random-looking bytes: each sector differs from every other.
+fn patterned_file(sectors: u64) -> File {
+    let file = tempfile::tempfile().expect("a file");
+    file.write_all_at(&pattern(0, sectors), 0).expect("written");
+    file
+}
+
+/// The bytes of sectors as they are at first.
+fn pattern(sector: u64, sectors: u64) -> Vec<u8> {
+    let words = sector * 64..(sector + sectors) * 64;
+    words.flat_map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect()
+}
+
+fn image(file: &File, writable: bool) -> DiskImage {
+    let file = OwnedFd::from(file.try_clone().expect("a descriptor"));
+    UringDisk::open(ImageFile::lock(file, writable).expect("free")).expect("io_uring")
+}
+
+impl Stage {
+    fn new() -> Self {
+        Self::of(Shape::default())
+    }
+
+    fn of(shape: Shape) -> Self {
+        let file = patterned_file(SECTORS);
+        let image = image(&file, !shape.read_only);
+        Self::with(file, image, shape)
+    }
+
+    fn with(file: File, image: DiskImage, shape: Shape) -> Self {
+        let mut stage = Self::stopped(file, image, shape, RateLimits::default());
+        stage.driver.start();
+        stage.driver.initialize(shape.features);
+        stage
+    }
+
+    fn stopped(file: File, image: DiskImage, shape: Shape, rates: RateLimits) -> Self {
+        let errors = Arc::new(Mutex::new(Vec::new()));
+        let told = errors.clone();
+        let options = BlockOptions {
+            id: "a disk".into(),
+            read_only: shape.read_only,
+            queues: shape.queues,
+            rates: Arc::new(rates),
+            on_error: OnError::new(move |error| told.lock().expect("unpoisoned").push(error)),
+        };
+        let (spec, handle) = Block::spec("block:a", image, options).expect("a size");
+        Self { driver: FakeDriver::stopped(spec), handle, file, errors }
+    }
+
+    /// Sends a request with these buffers between header and status; its status, and all else that was written.
+    fn request(&mut self, kind: u32, sector: u64, buffers: &[Buffer<'_>]) -> (u8, Reply) {
+        let header = header(kind, sector);
+        let mut all = vec![Buffer::Out(&header)];
+        all.extend(buffers);
+        all.push(Buffer::In(1));
+        let mut reply = self.driver.request(0, &all);
+        let status = reply.data.pop().expect("a byte");
+        (status, reply)
+    }
+
+    fn read(&mut self, sector: u64, sectors: u64) -> (u8, Vec<u8>) {
+        let bytes = u32::try_from(sectors).unwrap() * 512;
+        let (status, reply) = self.request(VIRTIO_BLK_T_IN, sector, &[Buffer::In(bytes)]);
+        (status, reply.data)
+    }
+
+    fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+        self.request(VIRTIO_BLK_T_OUT, sector, &[Buffer::Out(data)]).0
+    }
+
+    /// The range of a discard or a write of zeros.
+    fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+        self.request(kind, 0, &[Buffer::Out(&range(sector, sectors, flags))]).0
+    }
+
+    fn on_file(&self, sector: u64, sectors: u64) -> Vec<u8> {
+        let mut data = vec![0; usize::try_from(sectors).unwrap() * SECTOR];
+        self.file.read_exact_at(&mut data, sector * 512).expect("there");
+        data
+    }
+
+    /// The device works: what was there is still there.
+    fn works(&mut self) {
+        assert_eq!(self.read(9, 3), (OK, pattern(9, 3)));
+    }
+}
+
+fn header(kind: u32, sector: u64) -> [u8; 16] {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    header
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+    let mut range = [0; 16];
+    range[..8].copy_from_slice(&sector.to_le_bytes());
+    range[8..12].copy_from_slice(&sectors.to_le_bytes());
+    range[12..].copy_from_slice(&flags.to_le_bytes());
+    range
+}

@@ -1,0 +1,185 @@
+//! Disks.
+
+use super::RequestedDevices;
+use crate::config::refused;
+use ::devices::virtio::VirtioSpec;
+use ::devices::virtio::block::{
+    Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, UringDisk,
+};
+use ::devices::virtio::rate_limit::{Rate, RateLimits};
+use guest_schema::{
+    BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, chain,
+};
+use guest_transport::Descriptors;
+use std::collections::HashSet;
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// The most disks of a guest.
+const MAX_DISKS: usize = 32;
+/// The longest id, in bytes.
+const MAX_ID: usize = 20;
+
+/// Takes the disks' images from the channel on which their config came.
+pub(crate) fn take_images(
+    disks: &[BlockConfig],
+    descriptors: &Descriptors,
+    faults: &mut Vec<ConfigFault>,
+) -> Vec<Option<OwnedFd>> {
+    let mut take = |(index, disk): (usize, &BlockConfig)| {
+        let taken = match disk.image.as_ref()? {
+            FileSource::Descriptor(number) => descriptors.take(*number).map_err(|error| error.to_string()),
+            FileSource::File(_) => {
+                Err("a disk's image has to be a descriptor, which a proxied channel does not pass".into())
+            }
+        };
+        taken.map_err(|problem| faults.push(image_fault(index, problem))).ok()
+    };
+    disks.iter().enumerate().map(&mut take).collect()
+}
+
+fn image_fault(index: usize, problem: impl Into<String>) -> ConfigFault {
+    ConfigFault::new(format!("block[{index}].format.file"), problem)
+}
+
+/// What is wrong with the disks of a config, as far as it shows without their images.
+pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
+    let mut faults = Vec::new();
+    if disks.len() > MAX_DISKS {
+        faults.push(ConfigFault::new("block", format!("{} disks are more than {MAX_DISKS}", disks.len())));
+    }
+    let mut ids = HashSet::new();
+    for (index, disk) in disks.iter().take(MAX_DISKS).enumerate() {
+        let mut fault = |name: &str, problem: String| {
+            faults.push(ConfigFault::new(format!("block[{index}].{name}"), problem));
+        };
+        if disk.id.len() > MAX_ID {
+            fault("id", format!("the {} bytes of {:?} are more than {MAX_ID}", disk.id.len(), disk.id));
+        } else if !disk.id.is_empty() && !ids.insert(&disk.id) {
+            fault("id", format!("{:?} is another disk's", disk.id));
+        }
+        if !(1..=MAX_QUEUES).contains(&disk.queues) {
+            fault("queues", format!("{} is not from 1 to {MAX_QUEUES}", disk.queues));
+        }
+        if disk.mode == BlockMode::VolatileWrite {
+            fault("mode", "volatileWrite is not supported".into());
+        }
+        if disk.image.is_none() {
+            fault("format.file", "none was given".into());
+        }
+    }
+    faults
+}
+
+/// Adds the disks. Whatever is wrong with an image is a fault; all of them are in one failure.
+pub(super) fn add(
+    disks: &[BlockConfig],
+    images: Vec<Option<OwnedFd>>,
+    devices: &mut RequestedDevices,
+) -> Result<(), Failure> {
+    let mut faults = Vec::new();
+    for (index, (disk, image)) in disks.iter().zip(images).enumerate() {
+        match image.map(|image| open(image, disk.mode)) {
+            Some(Ok(image)) => {
+                let spec = spec(index, disk, image, &devices.told)?;
+                devices.specs.push(spec);
+            }
+            Some(Err(error @ ImageError::NoUring(_))) => return Err(unmade(index, &error)),
+            Some(Err(error)) => faults.push(image_fault(index, chain(&error))),
+            None => faults.push(image_fault(index, "none was given")),
+        }
+    }
+    refused(&faults).map_or(Ok(()), Err)
+}
+
+fn open(image: OwnedFd, mode: BlockMode) -> Result<DiskImage, ImageError> {
+    UringDisk::open(ImageFile::lock(image, mode == BlockMode::ReadWrite)?)
+}
+
+fn name(index: usize) -> String {
+    format!("block{index}")
+}
+
+fn spec(
+    index: usize,
+    disk: &BlockConfig,
+    image: DiskImage,
+    errors: &mpsc::Sender<DeviceError>,
+) -> Result<VirtioSpec, Failure> {
+    let errors = errors.clone();
+    let options = BlockOptions {
+        id: disk.id.clone(),
+        read_only: disk.mode == BlockMode::ReadOnly,
+        queues: disk.queues,
+        rates: Arc::new(rates(disk.limits)),
+        // A log that cannot take them all is no reason to keep the device waiting.
+        on_error: OnError::new(move |error| drop(errors.try_send(told(error)))),
+    };
+    let (spec, _handle) = Block::spec(name(index), image, options).map_err(|error| unmade(index, &error))?;
+    Ok(spec)
+}
+
+fn unmade(index: usize, error: &dyn Error) -> Failure {
+    let failure =
+        Failure::new(GuestError::DeviceInitializationFailure, format!("block[{index}]: {}", chain(error)));
+    failure.of_units(vec![name(index)])
+}
+
+fn rates(limits: guest_schema::RateLimits) -> RateLimits {
+    let guest_schema::RateLimits { bytes_per_second, bytes_burst, operations_per_second, operations_burst } =
+        limits;
+    RateLimits::new(
+        Rate { per_second: bytes_per_second, burst: bytes_burst },
+        Rate { per_second: operations_per_second, burst: operations_burst },
+    )
+}
+
+fn told(error: BlockError) -> DeviceError {
+    let BlockError { device, what, error, suppressed } = error;
+    DeviceError { device, operation: what.into(), detail: error, suppressed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str) -> BlockConfig {
+        let disk = BlockConfig::raw(FileSource::Descriptor(0), BlockMode::ReadWrite);
+        BlockConfig { id: id.into(), ..disk }
+    }
+
+    fn problems(disks: &[BlockConfig]) -> Vec<String> {
+        faults(disks).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn as_many_disks_as_may_be_are_allowed() {
+        let mut disks: Vec<_> = (0..MAX_DISKS).map(|at| disk(&format!("{at:020}"))).collect();
+        disks[0] = BlockConfig { queues: MAX_QUEUES, ..disk("") };
+        disks[1] = BlockConfig { mode: BlockMode::ReadOnly, ..disk("") };
+        assert_eq!(problems(&disks), [""; 0]);
+        disks.push(disk("one more"));
+        assert_eq!(problems(&disks), ["block: 33 disks are more than 32"]);
+    }
+
+    #[test]
+    fn every_fault_is_named() {
+        let disks = [
+            disk("a"),
+            BlockConfig { queues: 0, image: None, ..disk("a") },
+            BlockConfig { queues: 17, ..disk("äääääääääää") },
+        ];
+        assert_eq!(
+            problems(&disks),
+            [
+                "block[1].id: \"a\" is another disk's",
+                "block[1].queues: 0 is not from 1 to 16",
+                "block[1].format.file: none was given",
+                "block[2].id: the 22 bytes of \"äääääääääää\" are more than 20",
+                "block[2].queues: 17 is not from 1 to 16",
+            ]
+        );
+    }
+}

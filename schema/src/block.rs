@@ -1,0 +1,180 @@
+//! Disks of a guest's config.
+
+use crate::config::{not_supported, read_file, utf8, write_file};
+use crate::config_capnp as wire;
+use crate::{ConfigFault, FileSource};
+use capnp::struct_list;
+
+/// What becomes of writes to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BlockMode {
+    /// They reach the image.
+    #[default]
+    ReadWrite,
+    /// They fail.
+    ReadOnly,
+    /// They stay in the VMM's memory and end with the guest.
+    VolatileWrite,
+}
+
+/// How much a device may do. 0 a second is no limit; a burst of 0 is what comes in a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(missing_docs, reason = "their names say it")]
+pub struct RateLimits {
+    pub bytes_per_second: u64,
+    pub bytes_burst: u64,
+    pub operations_per_second: u64,
+    pub operations_burst: u64,
+}
+
+/// A disk.
+#[derive(Debug, Clone)]
+pub struct BlockConfig {
+    /// What the guest reads as its serial number: at most 20 bytes, unique unless it is empty.
+    pub id: String,
+    /// What becomes of writes.
+    pub mode: BlockMode,
+    /// The raw image: a descriptor.
+    pub image: Option<FileSource>,
+    /// How much the guest may do with it.
+    pub limits: RateLimits,
+    /// How many virtqueues: 1 to 16.
+    pub queues: u16,
+}
+
+impl BlockConfig {
+    /// A raw image without limits, with an empty id and one queue.
+    pub fn raw(image: FileSource, mode: BlockMode) -> Self {
+        Self { id: String::new(), mode, image: Some(image), limits: RateLimits::default(), queues: 1 }
+    }
+
+    pub(crate) fn read_all(
+        disks: struct_list::Reader<'_, wire::block_config::Owned>,
+        faults: &mut Vec<ConfigFault>,
+    ) -> capnp::Result<Vec<Self>> {
+        disks.iter().enumerate().map(|(index, disk)| Self::read(disk, index, faults)).collect()
+    }
+
+    fn read(
+        reader: wire::block_config::Reader<'_>,
+        index: usize,
+        faults: &mut Vec<ConfigFault>,
+    ) -> capnp::Result<Self> {
+        let field = |name: &str| format!("block[{index}].{name}");
+        let mode = match reader.get_mode() {
+            Ok(wire::BlockMode::ReadWrite) => BlockMode::ReadWrite,
+            Ok(wire::BlockMode::ReadOnly) => BlockMode::ReadOnly,
+            Ok(wire::BlockMode::VolatileWrite) => BlockMode::VolatileWrite,
+            Err(unknown) => {
+                faults.push(ConfigFault::new(field("mode"), format!("unknown value {}", unknown.0)));
+                BlockMode::default()
+            }
+        };
+        let image = match reader.get_format().which() {
+            Ok(wire::block_config::format::File(file)) => read_file(file?, &field("format.file"), faults)?,
+            Ok(wire::block_config::format::Qcow2(_)) => {
+                faults.push(not_supported(&field("format.qcow2")));
+                None
+            }
+            Ok(wire::block_config::format::Service(_)) => {
+                faults.push(not_supported(&field("format.service")));
+                None
+            }
+            Err(unknown) => {
+                faults.push(ConfigFault::new(field("format"), format!("unknown kind {}", unknown.0)));
+                None
+            }
+        };
+        let id = utf8(reader.get_id()?, &field("id"), faults);
+        let limits = RateLimits::read(reader.get_limits()?);
+        Ok(Self { id, mode, image, limits, queues: reader.get_queues() })
+    }
+
+    pub(crate) fn write_all<'a>(
+        disks: &[Self],
+        init: impl FnOnce(u32) -> struct_list::Builder<'a, wire::block_config::Owned>,
+    ) {
+        let mut list = init(u32::try_from(disks.len()).expect("a list of 32 bits' length"));
+        for (index, disk) in (0..).zip(disks) {
+            disk.write(list.reborrow().get(index));
+        }
+    }
+
+    fn write(&self, mut builder: wire::block_config::Builder<'_>) {
+        let Self { id, mode, image, limits, queues } = self;
+        builder.set_id(&id[..]);
+        builder.set_mode(match mode {
+            BlockMode::ReadWrite => wire::BlockMode::ReadWrite,
+            BlockMode::ReadOnly => wire::BlockMode::ReadOnly,
+            BlockMode::VolatileWrite => wire::BlockMode::VolatileWrite,
+        });
+        write_file(image.as_ref(), builder.reborrow().get_format().init_file());
+        limits.write(builder.reborrow().init_limits());
+        builder.set_queues(*queues);
+    }
+}
+
+impl RateLimits {
+    pub(crate) fn read(reader: wire::rate_limits::Reader<'_>) -> Self {
+        Self {
+            bytes_per_second: reader.get_bytes_per_second(),
+            bytes_burst: reader.get_bytes_burst(),
+            operations_per_second: reader.get_operations_per_second(),
+            operations_burst: reader.get_operations_burst(),
+        }
+    }
+
+    pub(crate) fn write(self, mut builder: wire::rate_limits::Builder<'_>) {
+        let Self { bytes_per_second, bytes_burst, operations_per_second, operations_burst } = self;
+        builder.set_bytes_per_second(bytes_per_second);
+        builder.set_bytes_burst(bytes_burst);
+        builder.set_operations_per_second(operations_per_second);
+        builder.set_operations_burst(operations_burst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(fill: impl FnOnce(wire::guest_config::Builder<'_>)) -> (Vec<BlockConfig>, Vec<String>) {
+        let mut message = capnp::message::Builder::new_default();
+        fill(message.init_root());
+        let reader: wire::guest_config::Reader<'_> = message.get_root_as_reader().expect("a config");
+        let mut faults = Vec::new();
+        let disks = BlockConfig::read_all(reader.get_block().expect("a list"), &mut faults);
+        (disks.expect("readable"), faults.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn disks_survive_the_wire() {
+        let limits = RateLimits {
+            bytes_per_second: 1,
+            bytes_burst: 2,
+            operations_per_second: 3,
+            operations_burst: u64::MAX,
+        };
+        let disks =
+            [BlockMode::ReadWrite, BlockMode::ReadOnly, BlockMode::VolatileWrite].map(|mode| BlockConfig {
+                id: format!("{mode:?}"),
+                limits,
+                queues: 4,
+                ..BlockConfig::raw(FileSource::Descriptor(7), mode)
+            });
+        let (again, faults) =
+            read(|mut builder| BlockConfig::write_all(&disks, |count| builder.reborrow().init_block(count)));
+        assert!(faults.is_empty(), "{faults:?}");
+        assert_eq!(format!("{again:?}"), format!("{disks:?}"));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        let (_, faults) = read(|builder| {
+            let mut disks = builder.init_block(3);
+            disks.reborrow().get(1).get_format().init_qcow2().set_descriptor(3);
+            disks.get(2).get_format().init_service();
+        });
+        let expected = ["block[1].format.qcow2: not supported", "block[2].format.service: not supported"];
+        assert_eq!(faults, expected);
+    }
+}

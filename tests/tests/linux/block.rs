@@ -1,0 +1,64 @@
+//! The block device with Linux's driver.
+
+use super::{BOOTED, LIMIT, MIB, assert_is_clean, power_off};
+use anyhow::ensure;
+use guest_tests::lab::{Lab, LabGuest, Toolset};
+
+fn boot<'lab>(lab: &'lab Lab, name: &str, disks: &str) -> anyhow::Result<LabGuest<'lab>> {
+    let arguments = format!("--memory 512M {disks}");
+    let guest = LabGuest::start_with(&[Toolset::Block], lab, name, "panic=-1", &arguments)?;
+    guest.saw(BOOTED, 1, LIMIT)?;
+    Ok(guest)
+}
+
+/// Asks for the end of a command, whose words are in the answer if it fails.
+fn does(guest: &LabGuest<'_>, command: &str) -> anyhow::Result<String> {
+    let answer = guest.ask(&format!("({command}) 2>&1; echo \"status $?\""), LIMIT)?;
+    ensure!(answer.ends_with("status 0\n"), "{command}:\n{answer}");
+    Ok(answer)
+}
+
+/// Four jobs write at once, read back what they have written, and compare.
+fn fio(kind: &str) -> String {
+    format!(
+        "fio --name={kind} --directory=/mnt --rw={kind} --bs=4k --size=2M --numjobs=4 --ioengine=psync --direct=1 \
+         --verify=crc32c --do_verify=1 --verify_fatal=1 --group_reporting --minimal >/tmp/fio && rm /mnt/{kind}.*"
+    )
+}
+
+/// A file system is made, filled and checked; what was flushed is there after the VMM was killed; a disk that is only read, and one
+/// that the host cuts off, give errors and nothing worse.
+pub fn linux_keeps_files_on_a_disk(lab: &Lab) -> anyhow::Result<()> {
+    let (image, other) = (lab.make_disk("disk.img", 64 * MIB)?, lab.make_disk("other.img", MIB)?);
+    let guest = boot(lab, "disk", &format!("--disk path={image},id=lab-disk"))?;
+    let shown = guest.ask("cat /sys/block/vda/serial; echo; cat /sys/block/vda/size", LIMIT)?;
+    ensure!(shown == "lab-disk\n131072\n", "{shown:?}");
+    does(&guest, "mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount -t ext4 -o discard /dev/vda /mnt")?;
+    does(&guest, &fio("randwrite"))?;
+    does(&guest, &fio("write"))?;
+    let sum = does(
+        &guest,
+        "dd if=/dev/urandom of=/mnt/kept bs=64k count=16 conv=fsync 2>/dev/null; sha256sum /mnt/kept",
+    )?;
+    guest.kill_vmm(LIMIT)?;
+    guest.end(LIMIT)?;
+
+    let guest = boot(lab, "disk-again", &format!("--disk path={image} --disk path={other},readonly=on"))?;
+    // 1: the journal was played back.
+    let checked = guest.ask("e2fsck -p /dev/vda >/dev/null; echo $?", LIMIT)?;
+    ensure!(["0\n", "1\n"].contains(&&checked[..]), "e2fsck: {checked:?}");
+    does(&guest, "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
+    ensure!(does(&guest, "sha256sum /mnt/kept")? == sum, "what was flushed is not there");
+    does(&guest, "umount /mnt && e2fsck -fn /dev/vda >/dev/null")?;
+    does(
+        &guest,
+        "[ $(cat /sys/block/vdb/ro) = 1 ] && ! dd if=/dev/zero of=/dev/vdb bs=4k count=1 && cat /dev/vdb >/dev/null",
+    )?;
+    // The image goes away below the guest.
+    guest.here(&format!("truncate -s {MIB} {image}"))?;
+    does(
+        &guest,
+        "! dd if=/dev/vda of=/dev/null bs=4k skip=8192 count=1 iflag=direct && dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct",
+    )?;
+    assert_is_clean(&power_off(&guest)?, 1)
+}
