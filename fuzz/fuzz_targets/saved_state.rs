@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use guest_saved_state::devices::balloon::BalloonState;
+use guest_saved_state::devices::console::ConsoleState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
@@ -33,9 +34,10 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 9] {
+fn roots() -> [Root; 10] {
     [
         Root::of::<BalloonState>(),
+        Root::of::<ConsoleState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<RtcState>(),

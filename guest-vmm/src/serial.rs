@@ -1,6 +1,6 @@
 //! What the serial port has sent: kept for late readers, never in the guest's way.
 
-use devices::SerialOutput;
+use devices::ByteSink;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -81,7 +81,7 @@ impl Ring {
     }
 }
 
-impl SerialOutput for SerialLog {
+impl ByteSink for SerialLog {
     fn write(&self, bytes: &[u8]) {
         {
             let mut ring = self.ring();

@@ -2,7 +2,7 @@
 //!
 //! A device implements [`IoDevice`], or [`ByteRegisters`] if all of its registers are one byte wide. It is told offsets, never
 //! addresses, and owns nothing but its registers: interrupts leave through an [`IrqLine`] into the [`IoApic`], whose messages
-//! leave through [`IoApicRouting`]; bytes leave through a [`SerialOutput`].
+//! leave through [`IoApicRouting`]; bytes leave through a [`ByteSink`].
 //!
 //! A device shows itself in the inspection tree. What its registers hold is the guest's own and marked as sensitive. They are
 //! shown as a guest would read them next, and never read on the guest's way: looking at a device changes nothing.
@@ -13,6 +13,7 @@
 //! Limits: one IOAPIC with 24 pins, whose messages reach the local APICs 0 to 254; one serial port; no interrupt from the RTC.
 
 mod acpi_power;
+mod byte_sink;
 mod device;
 #[cfg(test)]
 mod hostile_access;
@@ -28,8 +29,9 @@ mod serial;
 pub mod virtio;
 
 pub use acpi_power::AcpiPower;
+pub use byte_sink::ByteSink;
 pub use device::{ByteRegisters, Device, IoDevice, Stopping};
 pub use i8042::I8042;
 pub use ioapic::{IoApic, IoApicRouting, IrqLine, PIN_COUNT};
 pub use rtc::{HostClock, Rtc, SystemClock};
-pub use serial::{INPUT_CAPACITY, SerialInput, SerialOutput, SerialPort};
+pub use serial::{INPUT_CAPACITY, SerialInput, SerialPort};

@@ -3,7 +3,7 @@
 use crate::acpi::{self, DeviceNode};
 use crate::layout;
 use devices::{
-    AcpiPower, Device, I8042, IoApic, IoApicRouting, IrqLine, Rtc, SerialOutput, SerialPort, SystemClock,
+    AcpiPower, Device, I8042, IoApic, IoApicRouting, IrqLine, Rtc, ByteSink, SerialPort, SystemClock,
 };
 use processor::{MsiRequest, Partition};
 use std::sync::{Arc, Mutex};
@@ -37,7 +37,7 @@ pub(crate) struct Board {
 }
 
 impl Board {
-    pub fn new(partition: Arc<dyn Partition>, output: Arc<dyn SerialOutput>) -> Self {
+    pub fn new(partition: Arc<dyn Partition>, output: Arc<dyn ByteSink>) -> Self {
         let ioapic = Arc::new(Mutex::new(IoApic::new(Box::new(ToPartition(partition)))));
         let line = IrqLine::new(ioapic.clone(), layout::COM1_IRQ).expect("COM1's pin is one of the IOAPIC's");
         Self { ioapic, serial: Arc::new(Mutex::new(SerialPort::new(line, output))) }

@@ -10,7 +10,7 @@ use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, Partit
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::virtio::{IoThread, VirtioSpec};
-use devices::{SerialInput, SerialOutput};
+use devices::{SerialInput, ByteSink};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
 use processor::{
@@ -204,7 +204,7 @@ impl Machine {
     pub async fn build<H>(
         hypervisor: H,
         mut config: MachineConfig,
-        output: Arc<dyn SerialOutput>,
+        output: Arc<dyn ByteSink>,
         halts: mpsc::UnboundedSender<Halt>,
         cancelled: impl Fn() -> bool + Send + 'static,
     ) -> Result<Self, MachineError>
@@ -333,7 +333,7 @@ impl Machine {
 fn lay_foundation<H: Hypervisor>(
     hypervisor: &H,
     config: MachineConfig,
-    output: Arc<dyn SerialOutput>,
+    output: Arc<dyn ByteSink>,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Foundation<H::Binder>, MachineError> {
     let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
@@ -452,7 +452,7 @@ mod tests {
     impl Bench {
         async fn new(script: &Script) -> Self {
             let (send, output) = mpsc::unbounded_channel();
-            let sink: Arc<dyn SerialOutput> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
+            let sink: Arc<dyn ByteSink> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
             let foundation = lay_foundation(&ScriptedHypervisor::default(), config(script), sink, &|| false);
             let Foundation::<ScriptedBinder> { memory, loaded, partition, board, devices, bus, .. } =
                 foundation.unwrap();
@@ -574,7 +574,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_saved_says_why() {
-        let sink: Arc<dyn SerialOutput> = Arc::new(|_: &[u8]| ());
+        let sink: Arc<dyn ByteSink> = Arc::new(|_: &[u8]| ());
         let (halts, _) = mpsc::unbounded_channel();
         let hypervisor = ScriptedHypervisor::default();
         let machine =

@@ -9,7 +9,9 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin
 pub mod devices {
     /// The memory balloon.
     #[rustfmt::skip]
-    pub mod balloon; /// The keyboard controller, and system control port B beside it.
+    pub mod balloon; /// The console.
+    #[rustfmt::skip]
+    pub mod console; /// The keyboard controller, and system control port B beside it.
     #[rustfmt::skip]
     pub mod i8042; /// The I/O APIC.
     #[rustfmt::skip]

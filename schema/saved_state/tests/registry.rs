@@ -23,6 +23,7 @@ fn every_root_is_listed_by_its_name() {
     let names: Vec<&str> = saved_state_roots().type_names().collect();
     let expected = [
         "devices.balloon.BalloonState",
+        "devices.console.ConsoleState",
         "devices.i8042.I8042State",
         "devices.ioapic.IoApicState",
         "devices.rtc.RtcState",

@@ -16,6 +16,7 @@
 
 pub mod balloon;
 mod chain;
+pub mod console;
 mod device;
 mod event;
 mod interrupt;
