@@ -23,6 +23,7 @@ struct GuestConfig {
   net @6 :List(NetConfig);
   # At most 32.
   console @7 :Bool;
+  # The virtio console: a terminal, and the further ports of `consoleConfig`.
   rng @8 :Bool;
   vsock @9 :VsockConfig;
   balloon @10 :Bool;
@@ -53,6 +54,17 @@ struct GuestConfig {
   catchUpTime @21 :Bool;
   # Time that passed while the guest was paused or saved shows in its clocks, which jump when it goes on. Otherwise they go on from
   # where they were, unless the host's KVM has no time-stamp counter for guests but its own.
+
+  consoleConfig @22 :ConsoleConfig;
+  # badConfig without `console`. Absent, the console has no further ports.
+}
+
+struct ConsoleConfig {
+  # What a console has beside its terminal.
+
+  ports @0 :List(Text);
+  # Further ports by their names, at most 15, over which programs talk: Guest.getConsolePort here, /dev/virtio-ports/NAME on Linux.
+  # A name has 1 to 64 of the characters A-Z, a-z, 0-9, '.', '_', ':' and '-', begins with a letter or a digit, and is no other port's.
 }
 
 struct CpuidMask {

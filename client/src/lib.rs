@@ -64,7 +64,7 @@ pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    AddressSpace, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
+    AddressSpace, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
     EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
     MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome,
     TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters,

@@ -2,7 +2,8 @@
 
 use crate::devices::HostEnds;
 use crate::events::EventLog;
-use crate::serial::SerialLog;
+use crate::output::OutputLog;
+use crate::ports::{GuestOutputs, GuestPort, PortInput};
 use crate::settings::Settings;
 use crate::shown;
 use ::devices::SerialInput;
@@ -41,7 +42,7 @@ pub(crate) enum Milestone {
 
 /// A guest.
 pub(crate) struct Guest {
-    log: Arc<SerialLog>,
+    outputs: GuestOutputs,
     events: Rc<EventLog>,
     settings: Settings,
     /// None once the VM is gone.
@@ -62,7 +63,7 @@ struct Live {
 
 impl Guest {
     pub fn new(
-        log: Arc<SerialLog>,
+        outputs: GuestOutputs,
         input: SerialInput,
         view: Arc<MachineView>,
         ends: HostEnds,
@@ -71,7 +72,7 @@ impl Guest {
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
         Self {
-            log,
+            outputs,
             events,
             settings,
             live: RefCell::new(Some(Live { input, view, ends })),
@@ -83,9 +84,9 @@ impl Guest {
         }
     }
 
-    /// Everything that the serial port has sent, as far as it is kept.
-    pub fn log(&self) -> &Arc<SerialLog> {
-        &self.log
+    /// Everything that a port has sent, as far as it is kept. None if there is no such port.
+    pub fn output(&self, port: &GuestPort) -> Option<&Arc<OutputLog>> {
+        self.outputs.get(port)
     }
 
     /// What became of it.
@@ -98,9 +99,15 @@ impl Guest {
         self.settings.on_reset()
     }
 
-    /// The serial port's input, while there is one.
-    pub fn input(&self) -> Option<SerialInput> {
-        self.live.borrow().as_ref().map(|live| live.input.clone())
+    /// A port's input, while there is one.
+    pub fn input(&self, port: &GuestPort) -> Option<PortInput> {
+        let live = self.live.borrow();
+        let Live { input, ends, .. } = live.as_ref()?;
+        match port {
+            GuestPort::Serial => Some(PortInput::Serial(input.clone())),
+            GuestPort::Console => Some(PortInput::Console(ends.console.as_ref()?.input())),
+            GuestPort::Named(name) => Some(PortInput::Console(ends.console.as_ref()?.port_input(name)?)),
+        }
     }
 
     /// The host's ends of its devices, while they are there.
@@ -136,7 +143,7 @@ impl Guest {
     /// The VM is gone.
     pub fn end(&self, exit: Exit) {
         self.live.replace(None);
-        self.log.close();
+        self.outputs.close();
         self.ran.set(self.started.take().map(|started| started.elapsed()).unwrap_or_default());
         self.phase.set(Phase::Terminated);
         self.events.terminated(exit.clone());

@@ -7,7 +7,7 @@ use crate::files;
 use crate::guest::Guest;
 use crate::log::LogFilter;
 use crate::platform::Host;
-use crate::serial::SerialLog;
+use crate::ports::GuestPort;
 use crate::settings::Settings;
 use ::devices::virtio::VirtioSpec;
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
@@ -70,15 +70,15 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let RequestedDevices { specs, ends } = devices::requested(&requested.config);
+        let RequestedDevices { specs, ends, mut outputs } = devices::requested(&requested.config);
         let config = tokio::select! {
             config = machine_config(requested, specs) => config?,
             () = cancel.cancelled() => return Err(cancelled()),
         };
-        let log = Arc::new(SerialLog::default());
+        let serial = outputs.add(GuestPort::Serial);
         let (sender, halts) = mpsc::unbounded_channel();
         let flag = cancel.clone();
-        let built = host.build(config, log.clone(), sender, move || flag.is_cancelled()).await;
+        let built = host.build(config, serial, sender, move || flag.is_cancelled()).await;
         let machine = built.map_err(|error| build_failure(&error))?;
         let client_units = match ClientUnits::join(&machine, units) {
             Ok(joined) => joined,
@@ -87,7 +87,7 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(log, machine.serial_input(), machine.view().clone(), ends, settings));
+        let guest = Rc::new(Guest::new(outputs, machine.serial_input(), machine.view().clone(), ends, settings));
         Ok(Self { machine, client_units, halts, guest })
     }
 

@@ -381,6 +381,7 @@ fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ConsoleConfig;
 
     fn message(fill: impl FnOnce(wire::guest_config::Builder<'_>)) -> ReadConfig {
         let mut message = capnp::message::Builder::new_default();
@@ -402,7 +403,11 @@ mod tests {
             ],
             memory: MemoryConfig { lock: true, ..MemoryConfig::of_bytes(1 << 28) },
             on_reset: OnReset::Stop,
-            devices: DevicesConfig { rng: true, balloon: true },
+            devices: DevicesConfig {
+                rng: true,
+                balloon: true,
+                console: Some(ConsoleConfig { ports: vec!["agent".into(), "log".into()] }),
+            },
             units: Vec::new(),
             catch_up_time: true,
         };

@@ -1,7 +1,7 @@
 //! The options of `guestctl run` for devices.
 
 use clap::Args;
-use guest_client::DevicesConfig;
+use guest_client::{ConsoleConfig, DevicesConfig};
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
@@ -14,11 +14,31 @@ pub struct DeviceOptions {
     /// guestctl update ID balloon/device/requested_pages 25600
     #[arg(long)]
     pub balloon: bool,
+    /// Give the guest a console (virtio-console): hvc0 on Linux; with ports=agent+log, also ports of these names for programs:
+    /// /dev/virtio-ports/agent
+    #[arg(
+        long,
+        value_name = "ports=NAME+NAME",
+        num_args = 0..=1,
+        default_missing_value = "",
+        required_if_eq("attach", "console"),
+        value_parser = console
+    )]
+    pub console: Option<ConsoleConfig>,
 }
 
 impl DeviceOptions {
     /// What they ask for.
     pub fn config(&self) -> DevicesConfig {
-        DevicesConfig { rng: self.rng, balloon: self.balloon }
+        DevicesConfig { rng: self.rng, balloon: self.balloon, console: self.console.clone() }
     }
+}
+
+/// Reads `ports=NAME+NAME`, or nothing. What a name may be is the VMM's to say.
+fn console(text: &str) -> Result<ConsoleConfig, String> {
+    if text.is_empty() {
+        return Ok(ConsoleConfig::default());
+    }
+    let names = text.strip_prefix("ports=").ok_or_else(|| format!("{text:?} is not ports=NAME+NAME"))?;
+    Ok(ConsoleConfig { ports: names.split('+').map(str::to_owned).collect() })
 }

@@ -251,7 +251,7 @@ Example:
   gdb vmlinux -ex 'target remote localhost:1234'";
 
 const RUN: &str = "\
-The guest's serial output goes to the standard output, unchanged. A terminal's keys all go to the guest, Ctrl-C too, but for \
+The guest's serial output, or that of its console, goes to the standard output, unchanged. A terminal's keys all go to the guest, Ctrl-C too, but for \
 Ctrl-]: Ctrl-] q stops the guest and leaves, Ctrl-] Ctrl-] sends one Ctrl-]. Input that is no terminal is sent until its end; \
 the guest then goes on. The command ends when the guest has ended and all its output was written.
 
@@ -268,6 +268,7 @@ Examples:
   guestctl run --memory 64M --cpus 4
   guestctl run --cpus 2 --cpu-affinity 0=0,1=1 --cpuid-mask 7.0:ebx=0x20    (a VP a CPU, and no AVX2)
   printf 'memory\\npoweroff\\n' | guestctl run --json
+  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline console=hvc0 --console ports=agent --attach console
   guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'";
 
 /// `guestctl run`.
@@ -307,6 +308,9 @@ pub struct Run {
     /// What a reset by the guest itself does
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = ResetOption::Restart)]
     pub on_reset: ResetOption,
+    /// What of the guest is here: its serial line, or its console, whose size then follows the terminal's
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = Attachment::Serial)]
+    pub attach: Attachment,
     /// Send the guest no input
     #[arg(long)]
     pub no_stdin: bool,
@@ -330,6 +334,14 @@ pub struct Run {
     pub proxied: bool,
     #[command(flatten)]
     pub devices: DeviceOptions,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Attachment {
+    /// The serial line, ttyS0 on Linux
+    Serial,
+    /// The console of --console, hvc0 on Linux
+    Console,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -399,6 +411,19 @@ mod tests {
         assert_eq!(run.cpu_affinity, Some(VpAffinity::Each(vec![[0].into(), [2, 3].into()])));
         let masks: Vec<_> = run.cpuid_mask.iter().map(|mask| (mask.leaf, mask.ebx, mask.ecx)).collect();
         assert_eq!(masks, [(7, 1, 0), (1, 0, 2)]);
+    }
+
+    #[test]
+    fn run_takes_a_console() {
+        let ports = |arguments: &[&str]| run(arguments).expect("valid").devices.console.map(|console| console.ports);
+        assert_eq!(ports(&[]), None);
+        assert_eq!(ports(&["--console", "--rng"]), Some(vec![]));
+        assert_eq!(ports(&["--console", "ports=a+b.c"]), Some(vec!["a".into(), "b.c".into()]));
+        assert_eq!(run(&["--console", "--attach", "console"]).expect("valid").attach, Attachment::Console);
+        let text = run(&["--attach", "console"]).expect_err("there is none").to_string();
+        assert!(text.contains("--console"), "{text}");
+        let text = run(&["--console", "agent"]).expect_err("no names").to_string();
+        assert!(text.contains("agent") && text.contains("ports=NAME+NAME"), "{text}");
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 use super::balloon::Balloon;
 use super::observer::Observed;
-use super::streams::{SerialStream, pump};
+use super::streams::{PortStream, pump};
 use crate::guest::Guest;
-use guest_schema::common_capnp::byte_stream;
+use crate::ports::GuestPort;
+use devices::virtio::console::{ConsoleHandle, ConsoleSize};
+use guest_schema::common_capnp::{byte_stream, output_sink};
 use guest_schema::guest_capnp::{guest, observer};
 use guest_schema::{Failure, GuestError};
 use guest_transport::broken;
@@ -18,6 +20,39 @@ impl BoundGuest {
     pub fn new(guest: Rc<Guest>) -> Self {
         Self(guest)
     }
+
+    /// Opens a port: what it sends goes to `output`, if there is one. Each call is a reader and a sender of its own.
+    fn open(
+        &self,
+        port: GuestPort,
+        output: Option<output_sink::Client>,
+    ) -> Result<byte_stream::Client, Failure> {
+        let log = self.0.output(&port).ok_or_else(|| port.not_present())?;
+        if let Some(output) = output {
+            spawn_local(pump(log.clone(), output));
+        }
+        Ok(capnp_rpc::new_client(PortStream::new(self.0.clone(), port)))
+    }
+
+    fn console(&self) -> Result<ConsoleHandle, Failure> {
+        let ended = || Failure::new(GuestError::NotRunning, "the guest has ended, and its console with it");
+        let ends = self.0.ends().ok_or_else(ended)?;
+        ends.console.ok_or_else(|| GuestPort::Console.not_present())
+    }
+}
+
+/// Three methods have these results, with types of their own.
+macro_rules! answer_port {
+    ($self:ident, $port:expr, $output:ident, $results:ident) => {{
+        let mut results = $results.get();
+        match $self.open($port, $output) {
+            Ok(input) => results.set_input(input),
+            Err(failure) => {
+                results.set_input(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
+    }};
 }
 
 impl guest::Server for BoundGuest {
@@ -27,23 +62,42 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetSerialResults,
     ) -> capnp::Result<()> {
         let params = params.get()?;
-        if params.has_output() {
-            spawn_local(pump(self.0.log().clone(), params.get_output()?));
-        }
-        let input: byte_stream::Client = capnp_rpc::new_client(SerialStream::new(self.0.clone()));
-        results.get().set_input(input);
+        let output = params.has_output().then(|| params.get_output()).transpose()?;
+        answer_port!(self, GuestPort::Serial, output, results);
         Ok(())
     }
 
     async fn get_console(
         self: Rc<Self>,
-        _: guest::GetConsoleParams,
+        params: guest::GetConsoleParams,
         mut results: guest::GetConsoleResults,
     ) -> capnp::Result<()> {
-        let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no console");
-        let mut results = results.get();
-        results.set_input(broken(&failure));
-        failure.write(results.init_error());
+        let params = params.get()?;
+        let output = params.has_output().then(|| params.get_output()).transpose()?;
+        answer_port!(self, GuestPort::Console, output, results);
+        Ok(())
+    }
+
+    async fn get_console_port(
+        self: Rc<Self>,
+        params: guest::GetConsolePortParams,
+        mut results: guest::GetConsolePortResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let output = params.has_output().then(|| params.get_output()).transpose()?;
+        answer_port!(self, GuestPort::Named(params.get_name()?.to_string()?), output, results);
+        Ok(())
+    }
+
+    async fn resize_console(
+        self: Rc<Self>,
+        params: guest::ResizeConsoleParams,
+        mut results: guest::ResizeConsoleResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let size = ConsoleSize { columns: params.get_columns(), rows: params.get_rows() };
+        let resized = self.console().map(|console| console.resize(size));
+        Failure::write_result(&resized, results.get().init_result());
         Ok(())
     }
 

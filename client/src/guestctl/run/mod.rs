@@ -9,9 +9,10 @@ mod input;
 mod output;
 mod report;
 mod terminal;
+mod window;
 
 use crate::ending::{Outcome, Trouble};
-use crate::options::{Options, Run};
+use crate::options::{Attachment, Options, Run};
 use crate::out::Out;
 use crate::service::{self, Launcher};
 use crate::signals::Signals;
@@ -22,6 +23,7 @@ use output::Output;
 use report::{Clock, Ended, Report, Timings};
 use std::time::Duration;
 use tokio::task::JoinHandle;
+use window::Window;
 
 pub use files::{builtin_guest, in_memory};
 
@@ -64,6 +66,7 @@ struct Life {
     running: Call<()>,
     output: Output,
     input: Input,
+    _window: Option<Window>,
 }
 
 impl Life {
@@ -76,7 +79,10 @@ impl Life {
         let mut output = Output::start(out, clock)?;
         let created = timed(clock, lifecycle.create(&config(run, files, &lifecycle)));
         let guest = lifecycle.bind();
-        let serial = guest.serial(output.sink());
+        let (stream, window) = match run.attach {
+            Attachment::Serial => (guest.serial(output.sink()), None),
+            Attachment::Console => (guest.console(output.sink()), Window::follow(&guest)?),
+        };
         Ok(Self {
             clock,
             name: run.name.clone(),
@@ -86,7 +92,8 @@ impl Life {
             terminated: guest.terminated(),
             running: lifecycle.run(),
             output,
-            input: Input::start(serial, run.no_stdin)?,
+            input: Input::start(stream, run.no_stdin)?,
+            _window: window,
             lifecycle,
         })
     }
