@@ -64,11 +64,11 @@ pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
-    AddressSpace, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt, DebuggedVps, DevicesConfig, Event,
-    EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, HaltReason, LossPolicy,
-    MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind, SegmentRegister, StepOutcome,
-    TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters,
-    VpState,
+    AddressSpace, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt, DebuggedVps,
+    DevicesConfig, Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState,
+    HaltReason, LossPolicy, MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind,
+    SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep,
+    VpAffinity, VpRegisters, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

@@ -24,7 +24,10 @@ impl GuestPort {
             Self::Serial => "the guest has no serial port".to_owned(),
             Self::Console => "the guest has no console".to_owned(),
             Self::Named(name) => {
-                format!("name: the guest's console has no port {:?}", name.chars().take(64).collect::<String>())
+                format!(
+                    "name: the guest's console has no port {:?}",
+                    name.chars().take(64).collect::<String>()
+                )
             }
         };
         Failure::new(GuestError::DeviceNotPresent, what)

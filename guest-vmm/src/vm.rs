@@ -87,7 +87,8 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest = Rc::new(Guest::new(outputs, machine.serial_input(), machine.view().clone(), ends, settings));
+        let guest =
+            Rc::new(Guest::new(outputs, machine.serial_input(), machine.view().clone(), ends, settings));
         Ok(Self { machine, client_units, halts, guest })
     }
 

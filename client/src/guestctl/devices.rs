@@ -21,7 +21,6 @@ pub struct DeviceOptions {
         value_name = "ports=NAME+NAME",
         num_args = 0..=1,
         default_missing_value = "",
-        required_if_eq("attach", "console"),
         value_parser = console
     )]
     pub console: Option<ConsoleConfig>,

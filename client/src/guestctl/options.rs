@@ -308,8 +308,9 @@ pub struct Run {
     /// What a reset by the guest itself does
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = ResetOption::Restart)]
     pub on_reset: ResetOption,
-    /// What of the guest is here: its serial line, or its console, whose size then follows the terminal's
-    #[arg(long, value_name = "WHAT", value_enum, default_value_t = Attachment::Serial)]
+    /// What of the guest is here: serial, its serial line; console, whose size then follows the terminal's; or port=NAME of the
+    /// console
+    #[arg(long, value_name = "WHAT", default_value = "serial", value_parser = Attachment::parse)]
     pub attach: Attachment,
     /// Send the guest no input
     #[arg(long)]
@@ -336,12 +337,40 @@ pub struct Run {
     pub devices: DeviceOptions,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// What of a guest's is here.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attachment {
-    /// The serial line, ttyS0 on Linux
+    /// The serial line, ttyS0 on Linux.
     Serial,
-    /// The console of --console, hvc0 on Linux
+    /// The terminal of its console, hvc0 on Linux.
     Console,
+    /// A further port of its console.
+    Port(String),
+}
+
+impl Attachment {
+    fn parse(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("port=")) {
+            ("serial", _) => Ok(Self::Serial),
+            ("console", _) => Ok(Self::Console),
+            (_, Some(name)) => Ok(Self::Port(name.to_owned())),
+            _ => Err("it is none of serial, console and port=NAME".to_owned()),
+        }
+    }
+}
+
+impl Run {
+    /// What the attachment needs and the guest is not given.
+    pub fn missing(&self) -> Option<String> {
+        match (&self.attach, &self.devices.console) {
+            (Attachment::Console, None) => Some("--attach console needs --console".to_owned()),
+            (Attachment::Port(name), console) => {
+                let has = console.as_ref().is_some_and(|console| console.ports.contains(name));
+                (!has).then(|| format!("--attach port={name} needs --console ports={name}"))
+            }
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -415,13 +444,21 @@ mod tests {
 
     #[test]
     fn run_takes_a_console() {
-        let ports = |arguments: &[&str]| run(arguments).expect("valid").devices.console.map(|console| console.ports);
+        let ports =
+            |arguments: &[&str]| run(arguments).expect("valid").devices.console.map(|console| console.ports);
         assert_eq!(ports(&[]), None);
         assert_eq!(ports(&["--console", "--rng"]), Some(vec![]));
         assert_eq!(ports(&["--console", "ports=a+b.c"]), Some(vec!["a".into(), "b.c".into()]));
-        assert_eq!(run(&["--console", "--attach", "console"]).expect("valid").attach, Attachment::Console);
-        let text = run(&["--attach", "console"]).expect_err("there is none").to_string();
-        assert!(text.contains("--console"), "{text}");
+        let missing = |arguments: &[&str]| run(arguments).expect("valid").missing();
+        assert_eq!(missing(&["--console", "--attach", "console"]), None);
+        assert_eq!(missing(&["--console", "ports=a+b", "--attach=port=b"]), None);
+        assert_eq!(
+            missing(&["--attach", "console"]).expect("no console"),
+            "--attach console needs --console"
+        );
+        assert!(
+            missing(&["--console", "ports=ab", "--attach", "port=a"]).expect("no port").contains("ports=a")
+        );
         let text = run(&["--console", "agent"]).expect_err("no names").to_string();
         assert!(text.contains("agent") && text.contains("ports=NAME+NAME"), "{text}");
     }
@@ -450,6 +487,7 @@ mod tests {
             ["--on-reset", "explode"],
             ["--cpu-affinity", "1-0"],
             ["--cpuid-mask", "7"],
+            ["--attach", "ports"],
         ] {
             let text = run(&arguments).expect_err("refused").to_string();
             assert!(text.contains(arguments[0]) && text.contains(arguments[1]), "{text}");

@@ -3,7 +3,7 @@
 use crate::acpi::{self, DeviceNode};
 use crate::layout;
 use devices::{
-    AcpiPower, Device, I8042, IoApic, IoApicRouting, IrqLine, Rtc, ByteSink, SerialPort, SystemClock,
+    AcpiPower, ByteSink, Device, I8042, IoApic, IoApicRouting, IrqLine, Rtc, SerialPort, SystemClock,
 };
 use processor::{MsiRequest, Partition};
 use std::sync::{Arc, Mutex};

@@ -10,7 +10,7 @@ use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, Partit
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::virtio::{IoThread, VirtioSpec};
-use devices::{SerialInput, ByteSink};
+use devices::{ByteSink, SerialInput};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
 use processor::{

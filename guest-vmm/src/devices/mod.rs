@@ -4,10 +4,10 @@ mod balloon;
 mod console;
 mod rng;
 
+use crate::ports::GuestOutputs;
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
 use ::devices::virtio::console::ConsoleHandle;
-use crate::ports::GuestOutputs;
 use guest_schema::{ConfigFault, GuestConfig};
 
 /// What a guest's devices become.

@@ -1,8 +1,9 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`.
+//! `client_units`, the virtio console in `consoles`.
 
 mod client_units;
+mod consoles;
 mod operator;
 
 use std::future::Future;
@@ -23,6 +24,7 @@ use guest_tests::wait;
 use libtest_mimic::Trial;
 
 use client_units::*;
+use consoles::*;
 use operator::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -101,6 +103,9 @@ stories! {
     a_clients_unit_that_refuses_to_start_fails_the_run;
     faults_of_a_clients_units_are_listed;
     a_unit_joins_a_guest_at_any_time;
+    a_console_is_read_and_resized on scripts;
+    a_consoles_sender_waits_for_room on scripts;
+    a_console_without_a_config_of_its_own_has_no_ports on scripts;
 }
 
 fn main() -> ExitCode {

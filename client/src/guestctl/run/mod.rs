@@ -35,6 +35,9 @@ const LEFT: i32 = 2;
 
 /// Boots a guest and stays until it has ended.
 pub async fn run(options: &Options, run: &Run, out: &Out) -> Outcome {
+    if let Some(missing) = run.missing() {
+        return Err(Trouble::Usage(missing));
+    }
     let files = Files::open(run)?;
     let mut signals = Signals::watch()?;
     let launcher = service::running_or_private(options).await?;
@@ -79,8 +82,9 @@ impl Life {
         let mut output = Output::start(out, clock)?;
         let created = timed(clock, lifecycle.create(&config(run, files, &lifecycle)));
         let guest = lifecycle.bind();
-        let (stream, window) = match run.attach {
+        let (stream, window) = match &run.attach {
             Attachment::Serial => (guest.serial(output.sink()), None),
+            Attachment::Port(name) => (guest.console_port(name, output.sink()), None),
             Attachment::Console => (guest.console(output.sink()), Window::follow(&guest)?),
         };
         Ok(Self {

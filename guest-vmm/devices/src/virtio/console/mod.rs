@@ -25,10 +25,11 @@ pub use worker::ConsoleWorker;
 use super::{DeviceType, Interrupt, VirtioDevice, VirtioSpec, read_config};
 use crate::ByteSink;
 use guest_saved_state::devices::console::ConsoleState;
-use inspect::{Inspect, Request};
+use inspect::{FromText, Inspect, Request, Value};
 use port::Port;
 use save_restore::{RestoreError, SaveError};
 use shared::Shared;
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -69,6 +70,24 @@ impl ConsoleSize {
 impl fmt::Display for ConsoleSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}x{}", self.columns, self.rows)
+    }
+}
+
+/// As it is shown.
+impl From<ConsoleSize> for Value {
+    fn from(size: ConsoleSize) -> Self {
+        size.to_string().into()
+    }
+}
+
+impl FromText for ConsoleSize {
+    fn from_text(text: &str) -> Option<Self> {
+        let (columns, rows) = text.split_once('x')?;
+        Some(Self { columns: columns.parse().ok()?, rows: rows.parse().ok()? })
+    }
+
+    fn expected() -> String {
+        "columns by rows, 80x25".to_owned()
     }
 }
 
@@ -191,12 +210,19 @@ impl VirtioDevice for Console {
     }
 }
 
-/// Shows the size and the ports.
+/// Shows the size, which can be written, and the ports.
 impl Inspect for Console {
     fn inspect(&self, request: Request<'_>) {
         let mut response = request.respond();
         response
-            .field_with("size", || self.shared.size().to_string())
+            .writable(
+                "size",
+                || self.shared.size(),
+                |size| {
+                    self.shared.resize(size);
+                    Ok::<_, Infallible>(size)
+                },
+            )
             .field_with("ignored_messages", || self.shared.ignored.load(Ordering::Relaxed));
         response.child("ports", |request| {
             let mut response = request.respond();
