@@ -2,6 +2,7 @@
 //! drivers with our devices, a file for each.
 
 mod balloon;
+mod console;
 mod rng;
 
 use std::process::ExitCode;
@@ -49,6 +50,8 @@ fn main() -> ExitCode {
         test("a_pause_does_not_show_in_the_clocks", a_pause_does_not_show_in_the_clocks),
         test("a_pause_that_is_caught_up_with_shows", a_pause_that_is_caught_up_with_shows),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
+        test("a_shell_on_hvc0_knows_its_size", console::a_shell_on_hvc0_knows_its_size),
+        test("a_named_port_carries_bytes_both_ways", console::a_named_port_carries_bytes_both_ways),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
     ];
     requirements::run(trials, || SHARED.close())
