@@ -6,7 +6,7 @@ using Snapshot = import "snapshot.capnp";
 
 struct GuestConfig {
   # `create` checks all of it and lists every fault in one badConfig. What is absent is absent: there are no default devices
-  # but the board's (serial port, RTC, keyboard controller, interrupt controllers).
+  # but the board's (serial port, RTC, keyboard controller, interrupt controllers, ACPI's power button, pvpanic, generation ID).
 
   source :union {
     boot @0 :BootSource;
@@ -55,7 +55,11 @@ struct GuestConfig {
   # Time that passed while the guest was paused or saved shows in its clocks, which jump when it goes on. Otherwise they go on from
   # where they were, unless the host's KVM has no time-stamp counter for guests but its own.
 
-  consoleConfig @22 :ConsoleConfig;
+  debugExit @22 :Bool;
+  # A port for test guests, 0xf4 to 0xf7 (QEMU's isa-debug-exit): what the guest writes there, in one, two or four bytes, ends it
+  # cleanly and is in `Exit.debugExit`.
+
+  consoleConfig @23 :ConsoleConfig;
   # badConfig without `console`. Absent, the console has no further ports.
 }
 
@@ -163,9 +167,16 @@ struct VsockConfig {
 }
 
 struct MemDeviceConfig {
-  blockBytes @0 :UInt64;
+  # A region of guest physical addresses, above all other memory, into which memory is plugged block by block while the guest runs.
+
+  blockBytes @0 :UInt64 = 2097152;
+  # The size of a block: a power of two, at least 4 KiB, or 2 MiB if memory has huge pages.
   regionBytes @1 :UInt64;
-  regionAlignmentBytes @2 :UInt64;
+  # The size of the region: whole blocks, at most 1,048,576, and no more than the host's memory.
+  regionAlignmentBytes @2 :UInt64 = 134217728;
+  # The region begins at a multiple of this: a power of two, at least a block. Linux plugs whole blocks of its own, of 128 MiB.
+  requestedBytes @3 :UInt64;
+  # How much the guest is asked to plug from the beginning.
 }
 
 struct UnitConfig {

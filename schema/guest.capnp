@@ -61,6 +61,16 @@ struct Exit {
   detail @2 :Text;
   log @3 :Text;
   # After a crash of the VMM's process: the end of its log, at most 4 KiB.
+  panic @4 :Panic;
+  # What the guest has reported of its kernel since it was started or last reset, the latest. It changes no outcome: a guest that has
+  # panicked and then resets itself, which ends it, has ended itself.
+  panics @5 :UInt32;
+  # How many panics it has reported in all, before resets included.
+  debugExit :union {
+    none @6 :Void;
+    value @7 :UInt32;
+    # What the guest has written to its debug-exit port, which ended it.
+  }
 
   enum Outcome {
     clean @0;
@@ -70,6 +80,15 @@ struct Exit {
     crashed @2;
     # A VP, a unit or the VMM's process failed.
   }
+}
+
+enum Panic {
+  # What a guest reports of its own kernel through pvpanic.
+  none @0;
+  panicked @1;
+  # It has panicked, and does nothing about it but what its own settings say: it stays, or resets itself.
+  crashLoaded @2;
+  # It has panicked, and goes on with a crash kernel.
 }
 
 interface GuestControl {
@@ -86,11 +105,14 @@ interface GuestControl {
   observer @4 () -> (observer :Observer, error :Common.Failure);
 
   powerButton @5 () -> (result :Common.Result);
-  # unimplemented, like snapshot.
+  # Presses the guest's power button (ACPI), which asks its operating system to shut down; answers when the button is pressed,
+  # whatever the guest makes of it. One that has no driver for the button yet hears of it with the next press. A paused guest hears
+  # of it when it goes on; a reset forgets it. notRunning unless running or paused.
   nmi @6 () -> (result :Common.Result);
   # Sends every VP a non-maskable interrupt, as a front panel's button does. The VPs of a paused guest take it when they go on.
   # notRunning unless running or paused.
   snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
+  # unimplemented.
   debugger @8 (sink :DebugSink) -> (debugger :Debugger, error :Common.Failure);
   # Begins to debug the guest; its VPs go on until they are stopped. limitExceeded if there is another debugger that
   # does not let go within half a second, notRunning once the guest has ended.
@@ -310,7 +332,20 @@ struct Event {
     transition @4 :TransitionEnd;
     terminated @5 :Exit;
     # It has ended.
+    panic @6 :PanicReport;
+    # Its kernel has panicked.
+    powerButton @7 :Void;
+    # Its operator has pressed its power button.
   }
+}
+
+struct PanicReport {
+  # What a guest has reported of its kernel. At most one event a second tells of such reports, and one before each reset and the end.
+
+  panic @0 :Panic;
+  # The latest.
+  count @1 :UInt32;
+  # How many were reported since the event before, this one included.
 }
 
 struct TransitionEnd {
@@ -442,7 +477,11 @@ struct MemoryStatistic {
 }
 
 interface MemController {
-  # unimplemented.
+  # The memory device: memory that is plugged while the guest runs. All: notRunning once the guest has ended.
+
   size @0 () -> (blockBytes :UInt64, regionBytes :UInt64, usableBytes :UInt64, pluggedBytes :UInt64, requestedBytes :UInt64, error :Common.Failure);
+  # The sizes of a block, of the region, of what of it can be used, of what is plugged, and of what is wanted.
   requestSize @1 (bytes :UInt64) -> (result :Common.Result);
+  # Asks the guest for so many plugged bytes, more or fewer than there are. Answers at once: the guest takes its time, and may never
+  # get there. badConfig unless they are whole blocks, limitExceeded for more than the region.
 }

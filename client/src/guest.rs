@@ -7,6 +7,7 @@ use crate::debugger::Debugger;
 use crate::dump::CoreDump;
 use crate::error::ClientError;
 use crate::events::{Events, Sink};
+use crate::mem::Mem;
 use crate::serial::{ByteStream, Callback, Port, SerialOutput};
 use futures::FutureExt;
 use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
@@ -83,6 +84,11 @@ impl Guest {
     /// Its memory balloon.
     pub fn balloon(&self) -> Balloon {
         Balloon::open(&self.client)
+    }
+
+    /// Its memory device.
+    pub fn mem(&self) -> Mem {
+        Mem::open(&self.client)
     }
 
     /// A look at the guest.
@@ -170,6 +176,13 @@ impl Control {
     /// Sends every VP a non-maskable interrupt. `notRunning` unless running or paused.
     pub fn nmi(&self) -> Call<()> {
         let request = self.client.nmi_request();
+        Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
+    }
+
+    /// Presses the power button, which asks the guest's operating system to shut down; answers when the button is pressed. A paused
+    /// guest hears of it when it goes on. `notRunning` unless running or paused.
+    pub fn power_button(&self) -> Call<()> {
+        let request = self.client.power_button_request();
         Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
     }
 

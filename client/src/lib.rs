@@ -26,6 +26,7 @@
 //!     devices: DevicesConfig::default(),
 //!     units: Vec::new(),
 //!     catch_up_time: false,
+//!     debug_exit: false,
 //! };
 //! let (output, mut chunks) = tokio::sync::mpsc::channel::<SerialChunk>(16);
 //! let created = lifecycle.create(&config);
@@ -54,6 +55,7 @@ mod file;
 mod guest;
 mod host;
 mod lifecycle;
+mod mem;
 mod serial;
 
 pub use balloon::{Balloon, BalloonSize, MemoryStatistic};
@@ -66,10 +68,11 @@ pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::{
     AddressSpace, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt, DebuggedVps,
     DevicesConfig, Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError, GuestState,
-    HaltReason, LossPolicy, MemoryConfig, OnReset, Outcome, Phase, Rendering, SavedStateKind,
-    SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep,
-    VpAffinity, VpRegisters, VpState,
+    HaltReason, LossPolicy, MemDeviceConfig, MemoryConfig, OnReset, Outcome, Panic, PanicReport, Phase,
+    Rendering, SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd,
+    UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;
+pub use mem::{Mem, MemSize};
 pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};

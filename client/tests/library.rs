@@ -42,6 +42,7 @@ fn config(kernel: Option<guest_client::FileSource>, cpus: u32) -> GuestConfig {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

@@ -10,8 +10,10 @@ use std::fmt::Debug;
 
 use guest_saved_state::devices::balloon::BalloonState;
 use guest_saved_state::devices::console::ConsoleState;
+use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
+use guest_saved_state::devices::mem::MemState;
 use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
 use guest_saved_state::devices::virtio::VirtioState;
@@ -34,12 +36,14 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 10] {
+fn roots() -> [Root; 12] {
     [
         Root::of::<BalloonState>(),
         Root::of::<ConsoleState>(),
+        Root::of::<GenericEventState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
+        Root::of::<MemState>(),
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
         Root::of::<VirtioState>(),

@@ -139,7 +139,7 @@ fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
         fault("source.boot.cmdline", format!("there is a NUL at byte {position}"));
     }
     faults.extend(affinity_faults(config, limits));
-    faults.extend(devices::faults(config));
+    faults.extend(devices::faults(config, host_bytes));
     faults.extend(client_units::faults(&config.units));
     faults
 }
@@ -170,11 +170,11 @@ fn affinity_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use guest_schema::{DevicesConfig, MemoryConfig};
 
-    fn config() -> GuestConfig {
+    pub(crate) fn config() -> GuestConfig {
         GuestConfig {
             kernel: Some(FileSource::Descriptor(0)),
             ramdisk: None,
@@ -187,6 +187,7 @@ mod tests {
             units: Vec::new(),
             devices: DevicesConfig::default(),
             catch_up_time: false,
+            debug_exit: false,
         }
     }
 

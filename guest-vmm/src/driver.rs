@@ -488,6 +488,7 @@ impl Driver {
             }
             VpHaltReason::PowerOff => self.end(Ending::clean("the guest powered itself off")),
             VpHaltReason::Hibernate => self.end(Ending::clean("the guest hibernated itself")),
+            VpHaltReason::DebugExit(value) => self.end(Ending { exit: Exit::debug(value), run: Ok(()) }),
             VpHaltReason::Reset if self.on_reset() == OnReset::Stop => {
                 self.end(Ending::clean("the guest reset itself, which ends it"));
             }
@@ -618,6 +619,7 @@ impl Driver {
     }
 
     fn terminated(&self, guest: &Guest, exit: Exit) {
+        let exit = guest.with_its_panics(exit);
         match exit.outcome {
             Outcome::Crashed => tracing::error!(detail = exit.detail, "the guest crashed"),
             Outcome::Clean | Outcome::Forced => tracing::info!(detail = exit.detail, "the guest has ended"),

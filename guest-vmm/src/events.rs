@@ -2,7 +2,7 @@
 
 use crate::shown::{micros, since_1970};
 use guest_schema::guest_capnp::event_sink;
-use guest_schema::{Event, EventKind, Exit, Failure, Phase, TransitionEnd};
+use guest_schema::{Event, EventKind, Exit, Failure, PanicReport, Phase, TransitionEnd};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -44,6 +44,16 @@ impl EventLog {
             duration_us: micros(took),
             failure: result.as_ref().err().cloned(),
         }));
+    }
+
+    /// Its kernel has panicked.
+    pub fn panicked(&self, report: PanicReport) {
+        self.record(EventKind::Panic(report));
+    }
+
+    /// Its operator has pressed its power button.
+    pub fn power_button(&self) {
+        self.record(EventKind::PowerButton);
     }
 
     /// It has ended. Nothing is recorded after that.

@@ -3,6 +3,7 @@
 use crate::devices::HostEnds;
 use crate::events::EventLog;
 use crate::output::OutputLog;
+use crate::panics::PanicLog;
 use crate::ports::{GuestOutputs, GuestPort, PortInput};
 use crate::settings::Settings;
 use crate::shown;
@@ -31,6 +32,9 @@ const MAX_SHOWN: usize = 200;
 /// The longest new value of a node, in bytes.
 const MAX_VALUE: usize = 4096;
 
+/// How long reports of panics are gathered before subscribers are told of more than the first.
+const PANICS: Duration = Duration::from_secs(1);
+
 /// What becomes of the guests of a VMM, for whoever watches it.
 #[derive(Debug, Clone)]
 pub(crate) enum Milestone {
@@ -45,6 +49,7 @@ pub(crate) struct Guest {
     outputs: GuestOutputs,
     events: Rc<EventLog>,
     settings: Settings,
+    panics: Arc<PanicLog>,
     /// None once the VM is gone.
     live: RefCell<Option<Live>>,
     exit: watch::Sender<Option<Exit>>,
@@ -61,20 +66,29 @@ struct Live {
     ends: HostEnds,
 }
 
+/// What a machine tells of its guest, on its way to those who want to know.
+#[derive(Clone, Default)]
+pub(crate) struct Told {
+    pub outputs: GuestOutputs,
+    pub panics: Arc<PanicLog>,
+}
+
 impl Guest {
     pub fn new(
-        outputs: GuestOutputs,
+        told: Told,
         input: SerialInput,
         view: Arc<MachineView>,
         ends: HostEnds,
         settings: Settings,
     ) -> Self {
+        let Told { outputs, panics } = told;
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
         Self {
             outputs,
             events,
             settings,
+            panics,
             live: RefCell::new(Some(Live { input, view, ends })),
             exit: watch::Sender::new(None),
             phase: Cell::new(Phase::Created),
@@ -110,9 +124,13 @@ impl Guest {
         }
     }
 
-    /// The host's ends of its devices, while they are there.
-    pub fn ends(&self) -> Option<HostEnds> {
-        self.live.borrow().as_ref().map(|live| live.ends.clone())
+    /// The host's end of one of its devices, or the failure of what needs it. `device` is how that calls it.
+    pub fn end_of<T>(&self, device: &str, end: impl FnOnce(&HostEnds) -> Option<T>) -> Result<T, Failure> {
+        let live = self.live.borrow();
+        let live =
+            live.as_ref().ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest has ended"))?;
+        let absent = || Failure::new(GuestError::DeviceNotPresent, format!("the guest has no {device}"));
+        end(&live.ends).ok_or_else(absent)
     }
 
     /// Resolves when the guest has ended, with how.
@@ -140,22 +158,71 @@ impl Guest {
         self.resets.set(self.resets.get() + 1);
     }
 
+    /// Tells of its panics until it has ended.
+    pub async fn tell_of_panics(&self) {
+        while !self.has_ended() {
+            tokio::select! {
+                () = self.panics.reported() => self.told_of_panics(),
+                _ = self.exit() => return,
+            }
+            tokio::select! {
+                () = tokio::time::sleep(PANICS) => {}
+                _ = self.exit() => return,
+            }
+        }
+    }
+
+    fn told_of_panics(&self) {
+        if let Some(report) = self.panics.take() {
+            tracing::warn!(
+                panic = report.panic.name(),
+                count = report.count,
+                "the guest's kernel has panicked"
+            );
+            self.events.panicked(report);
+        }
+    }
+
+    /// Its VPs have stopped, to be reset: subscribers hear of what the guest had to say until now.
+    pub fn is_to_be_reset(&self) {
+        self.told_of_panics();
+        self.panics.was_reset();
+    }
+
+    /// How it ended, with all that it has reported itself. Its VPs have stopped.
+    pub fn with_its_panics(&self, exit: Exit) -> Exit {
+        self.panics.known_at(exit)
+    }
+
     /// The VM is gone.
     pub fn end(&self, exit: Exit) {
         self.live.replace(None);
         self.outputs.close();
         self.ran.set(self.started.take().map(|started| started.elapsed()).unwrap_or_default());
         self.phase.set(Phase::Terminated);
+        self.told_of_panics();
         self.events.terminated(exit.clone());
         self.exit.send_replace(Some(exit));
     }
 
     /// Sends its VPs a non-maskable interrupt.
     pub fn inject_nmi(&self) -> Result<(), Failure> {
+        self.started_machine()?.inject_nmi();
+        Ok(())
+    }
+
+    /// Presses its power button.
+    pub fn press_power_button(&self) -> Result<(), Failure> {
+        self.started_machine()?.press_power_button();
+        self.events.power_button();
+        Ok(())
+    }
+
+    /// Its machine, while it runs or is paused.
+    fn started_machine(&self) -> Result<Arc<MachineView>, Failure> {
         let started = matches!(self.phase.get(), Phase::Running | Phase::Paused);
         let view = self.view().filter(|_| started);
-        view.ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest does not run"))?.inject_nmi();
-        Ok(())
+        view.ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest does not run"))
     }
 
     /// Begins a core dump.

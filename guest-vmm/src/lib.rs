@@ -16,6 +16,7 @@ mod files;
 mod guest;
 mod log;
 mod output;
+mod panics;
 mod platform;
 mod ports;
 mod rpc;

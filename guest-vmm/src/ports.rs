@@ -35,7 +35,7 @@ impl GuestPort {
 }
 
 /// What the ports have sent. It outlives the VM.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct GuestOutputs(Vec<(GuestPort, Arc<OutputLog>)>);
 
 impl GuestOutputs {

@@ -4,7 +4,7 @@ use crate::client_units::ClientUnits;
 use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
 use crate::devices::{self, RequestedDevices};
 use crate::files;
-use crate::guest::Guest;
+use crate::guest::{Guest, Told};
 use crate::log::LogFilter;
 use crate::platform::Host;
 use crate::ports::GuestPort;
@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::spawn_local;
 
 /// Cancels a create: waits in it end at once, blocking work ends between two of its steps.
 #[derive(Clone, Default)]
@@ -70,12 +71,13 @@ impl Vm {
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
-        let RequestedDevices { specs, ends, mut outputs } = devices::requested(&requested.config);
+        let RequestedDevices { specs, ends, hotplug, outputs } = devices::requested(&requested.config)?;
+        let mut told = Told { outputs, ..Told::default() };
+        let serial = told.outputs.add(GuestPort::Serial);
         let config = tokio::select! {
-            config = machine_config(requested, specs) => config?,
+            config = machine_config(requested, specs, &told) => MachineConfig { hotplug, ..config? },
             () = cancel.cancelled() => return Err(cancelled()),
         };
-        let serial = outputs.add(GuestPort::Serial);
         let (sender, halts) = mpsc::unbounded_channel();
         let flag = cancel.clone();
         let built = host.build(config, serial, sender, move || flag.is_cancelled()).await;
@@ -87,8 +89,9 @@ impl Vm {
                 return Err(failure);
             }
         };
-        let guest =
-            Rc::new(Guest::new(outputs, machine.serial_input(), machine.view().clone(), ends, settings));
+        let guest = Rc::new(Guest::new(told, machine.serial_input(), machine.view().clone(), ends, settings));
+        let telling = guest.clone();
+        spawn_local(async move { telling.tell_of_panics().await });
         Ok(Self { machine, client_units, halts, guest })
     }
 
@@ -149,6 +152,7 @@ impl Vm {
             }
             // What the former life of the guest still had to say is said.
             while halts.try_recv().is_ok() {}
+            guest.is_to_be_reset();
             machine.reset().await.map_err(failed)?;
             if running {
                 machine.start().await.map_err(failed)?;
@@ -193,7 +197,11 @@ async fn told(
     result
 }
 
-async fn machine_config(requested: RequestedGuest, specs: Vec<VirtioSpec>) -> Result<MachineConfig, Failure> {
+async fn machine_config(
+    requested: RequestedGuest,
+    specs: Vec<VirtioSpec>,
+    told: &Told,
+) -> Result<MachineConfig, Failure> {
     let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
@@ -216,8 +224,11 @@ async fn machine_config(requested: RequestedGuest, specs: Vec<VirtioSpec>) -> Re
             prefault: config.memory.prefault,
             lock: config.memory.lock,
         },
+        hotplug: None,
         devices: specs,
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
+        panics: told.panics.clone(),
+        debug_exit: config.debug_exit,
         inject: None,
     })
 }

@@ -149,6 +149,8 @@ pub struct GuestConfig {
     pub units: Vec<UnitConfig>,
     /// The guest's clocks jump over the time during which it did not run; else they go on from where they were.
     pub catch_up_time: bool,
+    /// There is a port for test guests, a write to which ends the guest.
+    pub debug_exit: bool,
 }
 
 /// A config as it came, with what cannot even be expressed in a [`GuestConfig`].
@@ -208,6 +210,7 @@ impl GuestConfig {
             devices,
             units,
             catch_up_time: reader.get_catch_up_time(),
+            debug_exit: reader.get_debug_exit(),
         };
         Ok(ReadConfig { config, faults })
     }
@@ -233,6 +236,7 @@ impl GuestConfig {
             OnReset::Stop => wire::OnReset::Stop,
         });
         builder.set_catch_up_time(self.catch_up_time);
+        builder.set_debug_exit(self.debug_exit);
         self.devices.write(builder.reborrow());
         UnitConfig::write_all(&self.units, |count| builder.init_units(count));
     }
@@ -381,7 +385,7 @@ fn write_file(source: Option<&FileSource>, mut builder: file_source::Builder<'_>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ConsoleConfig;
+    use crate::{ConsoleConfig, MemDeviceConfig};
 
     fn message(fill: impl FnOnce(wire::guest_config::Builder<'_>)) -> ReadConfig {
         let mut message = capnp::message::Builder::new_default();
@@ -407,9 +411,11 @@ mod tests {
                 rng: true,
                 balloon: true,
                 console: Some(ConsoleConfig { ports: vec!["agent".into(), "log".into()] }),
+                mem: Some(MemDeviceConfig::of_region(1 << 30)),
             },
             units: Vec::new(),
             catch_up_time: true,
+            debug_exit: true,
         };
         let read = message(|builder| config.write(builder));
         assert!(read.faults.is_empty(), "{:?}", read.faults);
@@ -421,7 +427,10 @@ mod tests {
     #[test]
     fn an_older_clients_config_asks_for_nothing_new() {
         let config = message(|builder| builder.get_source().init_boot().set_cmdline("a")).config;
-        assert_eq!((config.affinity, config.cpuid_mask), (VpAffinity::Any, Vec::new()));
+        assert_eq!(
+            (config.affinity, config.cpuid_mask, config.debug_exit),
+            (VpAffinity::Any, Vec::new(), false)
+        );
     }
 
     #[test]

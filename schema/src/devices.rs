@@ -13,6 +13,45 @@ pub struct DevicesConfig {
     pub balloon: bool,
     /// The console.
     pub console: Option<ConsoleConfig>,
+    /// Memory that is plugged while the guest runs.
+    pub mem: Option<MemDeviceConfig>,
+}
+
+/// A region for memory that is plugged while the guest runs. All sizes are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemDeviceConfig {
+    /// The size of a block: a power of two.
+    pub block_bytes: u64,
+    /// The size of the region: whole blocks.
+    pub region_bytes: u64,
+    /// The region begins at a multiple of this power of two.
+    pub region_alignment_bytes: u64,
+    /// How much the guest is asked to plug from the beginning.
+    pub requested_bytes: u64,
+}
+
+impl MemDeviceConfig {
+    /// A region of this size, nothing of it plugged, in blocks of 2 MiB and at a multiple of 128 MiB.
+    pub fn of_region(region_bytes: u64) -> Self {
+        Self { block_bytes: 2 << 20, region_bytes, region_alignment_bytes: 128 << 20, requested_bytes: 0 }
+    }
+
+    fn read(reader: wire::mem_device_config::Reader<'_>) -> Self {
+        Self {
+            block_bytes: reader.get_block_bytes(),
+            region_bytes: reader.get_region_bytes(),
+            region_alignment_bytes: reader.get_region_alignment_bytes(),
+            requested_bytes: reader.get_requested_bytes(),
+        }
+    }
+
+    fn write(&self, mut builder: wire::mem_device_config::Builder<'_>) {
+        let Self { block_bytes, region_bytes, region_alignment_bytes, requested_bytes } = *self;
+        builder.set_block_bytes(block_bytes);
+        builder.set_region_bytes(region_bytes);
+        builder.set_region_alignment_bytes(region_alignment_bytes);
+        builder.set_requested_bytes(requested_bytes);
+    }
 }
 
 /// A console, and what it has beside its terminal.
@@ -29,18 +68,23 @@ impl DevicesConfig {
         faults: &mut Vec<ConfigFault>,
     ) -> capnp::Result<Self> {
         read_unsupported(reader, faults)?;
+        let mem = if reader.has_mem() { Some(MemDeviceConfig::read(reader.get_mem()?)) } else { None };
         Ok(Self {
             rng: reader.get_rng(),
             balloon: reader.get_balloon(),
             console: read_console(reader, faults)?,
+            mem,
         })
     }
 
     /// Writes it into a config.
     pub(crate) fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let Self { rng, balloon, console } = self;
+        let Self { rng, balloon, console, mem } = self;
         builder.set_rng(*rng);
         builder.set_balloon(*balloon);
+        if let Some(mem) = mem {
+            mem.write(builder.reborrow().init_mem());
+        }
         if let Some(ConsoleConfig { ports }) = console {
             builder.set_console(true);
             let length = u32::try_from(ports.len()).expect("a list that a message has room for");
@@ -75,7 +119,6 @@ fn read_unsupported(
         ("block", !reader.get_block()?.is_empty()),
         ("net", !reader.get_net()?.is_empty()),
         ("vsock", reader.has_vsock()),
-        ("mem", reader.has_mem()),
         ("gpu", reader.get_gpu()),
         ("sound", reader.get_sound()),
         ("wayland", reader.get_wayland()),

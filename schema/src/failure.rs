@@ -2,6 +2,7 @@
 
 use crate::common_capnp::{failure, guest_error as code, result};
 use crate::guest_capnp::exit;
+use crate::state::Panic;
 use std::fmt;
 
 macro_rules! guest_errors {
@@ -220,24 +221,38 @@ pub struct Exit {
     pub detail: String,
     /// After a crash of the VMM's process: the end of its log, at most 4 KiB.
     pub log: String,
+    /// What the guest has reported of its kernel since it was started or last reset, the latest.
+    pub panic: Option<Panic>,
+    /// How many panics it has reported in all.
+    pub panics: u32,
+    /// What it has written to its debug-exit port, if that ended it.
+    pub debug_exit: Option<u32>,
 }
 
 impl Exit {
     /// The guest ended itself.
     pub fn clean(detail: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Clean, code: None, detail: detail.into(), log: String::new() }
+        Self::of(Outcome::Clean, None, detail.into())
+    }
+
+    /// The guest ended itself with a write to its debug-exit port.
+    pub fn debug(value: u32) -> Self {
+        let detail = format!("the guest wrote {value:#x} to its debug-exit port");
+        Self { debug_exit: Some(value), ..Self::clean(detail) }
     }
 
     /// Somebody ended the guest.
     pub fn forced(detail: impl Into<String>) -> Self {
-        let code = Some(GuestError::ControllerForcedHalt);
-        Self { outcome: Outcome::Forced, code, detail: detail.into(), log: String::new() }
+        Self::of(Outcome::Forced, Some(GuestError::ControllerForcedHalt), detail.into())
     }
 
     /// Something failed.
     pub fn crashed(failure: &Failure) -> Self {
-        let code = Some(failure.code);
-        Self { outcome: Outcome::Crashed, code, detail: failure.detail.clone(), log: String::new() }
+        Self::of(Outcome::Crashed, Some(failure.code), failure.detail.clone())
+    }
+
+    fn of(outcome: Outcome, code: Option<GuestError>, detail: String) -> Self {
+        Self { outcome, code, detail, log: String::new(), panic: None, panics: 0, debug_exit: None }
     }
 
     /// The failure, unless the end was clean.
@@ -255,6 +270,11 @@ impl Exit {
         builder.set_code(self.code.map_or(0, GuestError::code));
         builder.set_detail(&self.detail[..]);
         builder.set_log(&self.log[..]);
+        builder.set_panic(Panic::to_wire(self.panic));
+        builder.set_panics(self.panics);
+        if let Some(value) = self.debug_exit {
+            builder.get_debug_exit().set_value(value);
+        }
     }
 
     /// Reads it from a message.
@@ -265,7 +285,19 @@ impl Exit {
             exit::Outcome::Crashed => Outcome::Crashed,
         };
         let code = (reader.get_code() != 0).then(|| GuestError::from_code(reader.get_code()));
-        Ok(Self { outcome, code, detail: lossy(reader.get_detail()?), log: lossy(reader.get_log()?) })
+        let debug_exit = match reader.get_debug_exit().which()? {
+            exit::debug_exit::None(()) => None,
+            exit::debug_exit::Value(value) => Some(value),
+        };
+        Ok(Self {
+            outcome,
+            code,
+            detail: lossy(reader.get_detail()?),
+            log: lossy(reader.get_log()?),
+            panic: Panic::from_wire(reader.get_panic()?),
+            panics: reader.get_panics(),
+            debug_exit,
+        })
     }
 }
 
@@ -296,9 +328,12 @@ mod tests {
 
     #[test]
     fn an_exit_survives_the_wire() {
-        let exit = Exit { log: "last words".into(), ..Exit::forced("stopped") };
-        let mut message = capnp::message::Builder::new_default();
-        exit.write(message.init_root());
-        assert_eq!(Exit::read(message.get_root_as_reader().expect("an exit")).expect("readable"), exit);
+        let forced = Exit { log: "last words".into(), ..Exit::forced("stopped") };
+        let panicked = Exit { panic: Some(Panic::CrashLoaded), panics: 7, ..Exit::clean("reset") };
+        for exit in [forced, panicked, Exit::debug(0), Exit::debug(u32::MAX)] {
+            let mut message = capnp::message::Builder::new_default();
+            exit.write(message.init_root());
+            assert_eq!(Exit::read(message.get_root_as_reader().expect("an exit")).expect("readable"), exit);
+        }
     }
 }

@@ -22,11 +22,11 @@ pub use debug::{
     AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,
     TableRegister, VpRegisters,
 };
-pub use devices::{ConsoleConfig, DevicesConfig};
+pub use devices::{ConsoleConfig, DevicesConfig, MemDeviceConfig};
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
-pub use state::{GuestState, Phase, Rendering, UnitStatus, VpState};
-pub use timeline::{Event, EventKind, StepOutcome, Transition, TransitionEnd, UnitStep};
+pub use state::{GuestState, Panic, Phase, Rendering, UnitStatus, VpState};
+pub use timeline::{Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep};
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.

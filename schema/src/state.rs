@@ -50,6 +50,41 @@ mirrored! {
     }
 }
 
+/// What a guest reports of its own kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Panic {
+    /// It has panicked.
+    Panicked,
+    /// It has panicked, and goes on with a crash kernel.
+    CrashLoaded,
+}
+
+impl Panic {
+    /// The name in the schema.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Panicked => "panicked",
+            Self::CrashLoaded => "crashLoaded",
+        }
+    }
+
+    pub(crate) fn to_wire(panic: Option<Self>) -> guest_capnp::Panic {
+        match panic {
+            None => guest_capnp::Panic::None,
+            Some(Self::Panicked) => guest_capnp::Panic::Panicked,
+            Some(Self::CrashLoaded) => guest_capnp::Panic::CrashLoaded,
+        }
+    }
+
+    pub(crate) fn from_wire(panic: guest_capnp::Panic) -> Option<Self> {
+        match panic {
+            guest_capnp::Panic::None => None,
+            guest_capnp::Panic::Panicked => Some(Self::Panicked),
+            guest_capnp::Panic::CrashLoaded => Some(Self::CrashLoaded),
+        }
+    }
+}
+
 mirrored! {
     /// How an inspection tree is rendered.
     Rendering = guest_capnp::Rendering { Json "json", Text "text", }

@@ -1,8 +1,8 @@
 //! What became of a guest, as plain Rust: its events, and the transitions of its state units.
 
 use crate::failure::lossy;
-use crate::guest_capnp::{event, transition, transition_end, unit_step};
-use crate::state::{Phase, length, mirrored};
+use crate::guest_capnp::{event, panic_report, transition, transition_end, unit_step};
+use crate::state::{Panic, Phase, length, mirrored};
 use crate::{Exit, Failure};
 use capnp::struct_list;
 
@@ -28,6 +28,19 @@ pub enum EventKind {
     Transition(TransitionEnd),
     /// It has ended; no event follows.
     Terminated(Exit),
+    /// Its kernel has panicked.
+    Panic(PanicReport),
+    /// Its operator has pressed its power button.
+    PowerButton,
+}
+
+/// What a guest has reported of its kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PanicReport {
+    /// The latest.
+    pub panic: Panic,
+    /// How many were reported since the event before, this one included.
+    pub count: u32,
 }
 
 /// The end of a transition of all state units.
@@ -51,6 +64,8 @@ impl Event {
             EventKind::Phase(phase) => builder.set_phase((*phase).into()),
             EventKind::Transition(end) => end.write(builder.init_transition()),
             EventKind::Terminated(exit) => exit.write(builder.init_terminated()),
+            EventKind::Panic(report) => report.write(builder.init_panic()),
+            EventKind::PowerButton => builder.set_power_button(()),
         }
     }
 
@@ -60,6 +75,8 @@ impl Event {
             event::Phase(phase) => EventKind::Phase(phase?.into()),
             event::Transition(end) => EventKind::Transition(TransitionEnd::read(end?)?),
             event::Terminated(exit) => EventKind::Terminated(Exit::read(exit?)?),
+            event::Panic(report) => EventKind::Panic(PanicReport::read(report?)?),
+            event::PowerButton(()) => EventKind::PowerButton,
         };
         Ok(Self {
             sequence: reader.get_sequence(),
@@ -67,6 +84,19 @@ impl Event {
             at_us: reader.get_at_us(),
             kind,
         })
+    }
+}
+
+impl PanicReport {
+    fn write(self, mut builder: panic_report::Builder<'_>) {
+        builder.set_panic(Panic::to_wire(Some(self.panic)));
+        builder.set_count(self.count);
+    }
+
+    fn read(reader: panic_report::Reader<'_>) -> capnp::Result<Self> {
+        let panic = Panic::from_wire(reader.get_panic()?);
+        let panic = panic.ok_or_else(|| capnp::Error::failed("a report of no panic".into()))?;
+        Ok(Self { panic, count: reader.get_count() })
     }
 }
 
@@ -200,6 +230,9 @@ mod tests {
             EventKind::Transition(end(None)),
             EventKind::Transition(end(Some(failure.clone()))),
             EventKind::Terminated(Exit::crashed(&failure)),
+            EventKind::Panic(PanicReport { panic: Panic::Panicked, count: 1 }),
+            EventKind::Panic(PanicReport { panic: Panic::CrashLoaded, count: u32::MAX }),
+            EventKind::PowerButton,
         ];
         for (sequence, kind) in (7..).zip(kinds) {
             let event = Event { sequence, missed: 3, at_us: 1_700_000_000_000_000, kind };

@@ -65,16 +65,22 @@ pub enum Act {
     TripleFault,
     /// Hibernates itself (ACPI S4); scripts only.
     Hibernate,
+    /// Writes [`DEBUG_EXIT`] to its debug-exit port.
+    DebugExit,
     /// Runs without an end.
     Spin,
     /// Halts, with no interrupt to come.
     Halt,
 }
 
+/// What a guest leaves that ends itself by its debug-exit port.
+pub const DEBUG_EXIT: u32 = 0x1234;
+
 /// The port of the serial port's data, and the registers that a script powers off and resets by.
 const SERIAL: u16 = 0x3f8;
 const SLEEP_CONTROL: u16 = 0x600;
 const KEYBOARD_COMMAND: u16 = 0x64;
+const DEBUG_EXIT_PORT: u16 = 0xf4;
 
 impl Kind {
     /// Its name in test names.
@@ -107,6 +113,7 @@ impl Kind {
             Act::Fault(reason) => script.fault_named(reason),
             Act::TripleFault => script.triple_fault(),
             Act::Hibernate => script.out(SLEEP_CONTROL, &[0x30]),
+            Act::DebugExit => script.out_long(DEBUG_EXIT_PORT, DEBUG_EXIT),
             Act::Spin => script.out(SERIAL, b"spinning\n").spin(),
             Act::Halt => script.out(SERIAL, b"halting\n").hlt(),
         };
@@ -122,6 +129,7 @@ impl Kind {
             (Self::BuiltIn, Act::Reset) => b"reset\n",
             (Self::BuiltIn, Act::Crash | Act::TripleFault) => b"crash\n",
             (Self::BuiltIn, Act::Fault(_) | Act::Hibernate) => panic!("played on scripts only: {act:?}"),
+            (Self::BuiltIn, Act::DebugExit) => b"debug-exit 4660\n",
             (Self::BuiltIn, Act::Spin) => b"spin\n",
             (Self::BuiltIn, Act::Halt) => b"halt\n",
         }
@@ -201,6 +209,7 @@ impl Player {
             units: Vec::new(),
             devices: DevicesConfig::default(),
             catch_up_time: false,
+            debug_exit: false,
         })
     }
 

@@ -1,7 +1,9 @@
 //! The options of `guestctl run` for devices.
 
+use crate::mem;
+use crate::pairs::Pairs;
 use clap::Args;
-use guest_client::{ConsoleConfig, DevicesConfig};
+use guest_client::{ConsoleConfig, DevicesConfig, MemDeviceConfig};
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
@@ -24,20 +26,22 @@ pub struct DeviceOptions {
         value_parser = console
     )]
     pub console: Option<ConsoleConfig>,
+    /// Give the guest a region for memory that is plugged while it runs (virtio-mem), for instance --mem region=4G,size=1G, and later
+    /// guestctl update ID mem/device/requested_bytes 2147483648. Blocks are of 2M (block=), the region begins at a multiple of 128M
+    /// (align=), size= is plugged from the beginning
+    #[arg(long, value_name = "region=SIZE[,KEY=VALUE]...", value_parser = mem::parse)]
+    pub mem: Option<MemDeviceConfig>,
 }
 
 impl DeviceOptions {
     /// What they ask for.
     pub fn config(&self) -> DevicesConfig {
-        DevicesConfig { rng: self.rng, balloon: self.balloon, console: self.console.clone() }
+        DevicesConfig { rng: self.rng, balloon: self.balloon, console: self.console.clone(), mem: self.mem }
     }
 }
 
 /// Reads `ports=NAME+NAME`, or nothing. What a name may be is the VMM's to say.
 fn console(text: &str) -> Result<ConsoleConfig, String> {
-    if text.is_empty() {
-        return Ok(ConsoleConfig::default());
-    }
-    let names = text.strip_prefix("ports=").ok_or_else(|| format!("{text:?} is not ports=NAME+NAME"))?;
-    Ok(ConsoleConfig { ports: names.split('+').map(str::to_owned).collect() })
+    let ports = Pairs::read(text, &["ports"])?.text("ports").map(|names| names.split('+').map(str::to_owned));
+    Ok(ConsoleConfig { ports: ports.into_iter().flatten().collect() })
 }

@@ -1,9 +1,11 @@
 //! The commands about guests that run already: ps, stop, wait, pause, resume, reset, nmi; and info.
 
-use crate::ending::{FAILED, Outcome, Trouble};
+use crate::ending::{self, Outcome};
+use crate::options::Stop;
 use crate::out::Out;
-use guest_client::{Control, GuestInfo, Host, Outcome as Ended};
+use guest_client::{Control, Exit, GuestInfo, Host};
 use serde_json::json;
+use std::time::Duration;
 
 /// Lists the guests.
 pub async fn ps(host: &Host, json: bool, out: &Out) -> Outcome {
@@ -78,16 +80,45 @@ pub async fn info(host: &Host, json: bool, out: &Out) -> Outcome {
 pub async fn wait(host: &Host, id: &str, out: &Out) -> Outcome {
     let found = host.find(id).await?;
     let exit = found.exit.terminated().await?;
+    out.write(end(&found.id, &exit).as_bytes())?;
+    ending::of_guest(&exit)
+}
+
+/// How a guest has ended, as a line, and what it has reported, as another.
+fn end(id: &str, exit: &Exit) -> String {
     let how = exit.outcome.name();
     let failure = exit.failure().map_or_else(|| exit.detail.clone(), |failure| failure.to_string());
     let reason = if failure.is_empty() { String::new() } else { format!(": {failure}") };
-    out.write(format!("{} has ended: {how}{reason}\n", found.id).as_bytes())?;
-    if exit.outcome == Ended::Clean { Ok(()) } else { Err(Trouble::Told(FAILED)) }
+    let panic = ending::panic_of(exit).map_or_else(String::new, |panic| format!("{panic}\n"));
+    format!("{id} has ended: {how}{reason}\n{panic}")
 }
 
-/// Stops a guest by force.
-pub async fn stop(host: &Host, id: &str) -> Outcome {
-    Ok(control(host, id).await?.stop().await?)
+/// Stops a guest: by force, or as it likes best.
+pub async fn stop(host: &Host, stop: &Stop, out: &Out) -> Outcome {
+    match stop.graceful {
+        true => stop_gracefully(host, &stop.id, stop.timeout, out).await,
+        false => Ok(control(host, &stop.id).await?.stop().await?),
+    }
+}
+
+/// Presses a guest's power button and waits for its end; after the timeout it is stopped by force. Says which it was: success
+/// either way, unless the guest fails.
+async fn stop_gracefully(host: &Host, id: &str, timeout: Duration, out: &Out) -> Outcome {
+    let found = host.find(id).await?;
+    // Asked before the button is pressed: a guest may end, and its id be free again, at once.
+    let terminated = found.exit.terminated();
+    found.control.power_button().await?;
+    match tokio::time::timeout(timeout, terminated).await {
+        Ok(exit) => {
+            let exit = exit?;
+            out.write(end(&found.id, &exit).as_bytes())?;
+            ending::of_guest(&exit)
+        }
+        Err(_) => {
+            found.control.stop().await?;
+            out.write(format!("{} has not ended within {timeout:?}: stopped by force\n", found.id).as_bytes())
+        }
+    }
 }
 
 /// Holds a running guest.

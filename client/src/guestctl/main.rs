@@ -9,11 +9,14 @@ mod debug;
 mod demo;
 mod devices;
 mod dump;
+mod duration;
 mod ending;
 mod guests;
 mod look;
+mod mem;
 mod options;
 mod out;
+mod pairs;
 mod run;
 mod service;
 mod signals;
@@ -63,7 +66,7 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Ps { json } => guests::ps(&service::running(options).await?, *json, out).await,
         Command::Info { json } => guests::info(&service::running(options).await?, *json, out).await,
         Command::Wait { id } => guests::wait(&service::running(options).await?, id, out).await,
-        Command::Stop { id } => guests::stop(&service::running(options).await?, id).await,
+        Command::Stop(stop) => guests::stop(&service::running(options).await?, stop, out).await,
         Command::Pause { id } => guests::pause(&service::running(options).await?, id).await,
         Command::Resume { id } => guests::resume(&service::running(options).await?, id).await,
         Command::Reset { id } => guests::reset(&service::running(options).await?, id).await,

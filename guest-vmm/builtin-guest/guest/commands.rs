@@ -17,6 +17,8 @@ const PULSE_RESET: u8 = 0xfe;
 const SLEEP_CONTROL: u16 = 0x600;
 const SLEEP_S5: u8 = 5 << 2 | 0x20;
 const POST_CODE: u16 = 0x80;
+/// QEMU's isa-debug-exit, where there is one.
+const DEBUG_EXIT: u16 = 0xf4;
 
 const KIB: usize = 1024;
 const BURST_LINE: usize = 64;
@@ -76,6 +78,7 @@ impl Guest<'_> {
                 vps::halt_all()
             }
             b"reset" => end_by(KEYBOARD_CONTROLLER, PULSE_RESET),
+            b"debug-exit" => with_number(console, argument, debug_exit),
             b"poweroff" => end_by(SLEEP_CONTROL, SLEEP_S5),
             _ => {
                 console.print("unknown command: ");
@@ -186,6 +189,12 @@ fn exit_loop(console: &mut Console, thousands: u64) {
         port::write_u8(POST_CODE, 0);
     }
     console.print("done\n");
+}
+
+/// Ends this guest if it has such a port.
+fn debug_exit(console: &mut Console, value: u64) {
+    port::write_u32(DEBUG_EXIT, value as u32);
+    console.print("no debug-exit port\n");
 }
 
 /// The write that ends this guest; a VMM that goes on with it gets the wish again.

@@ -21,5 +21,6 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("crash", "a triple fault"),
     ("halt", "halts all VPs for ever, interrupts off"),
     ("reset", "resets through the keyboard controller"),
+    ("debug-exit N", "writes N to the debug-exit port, which ends a guest that has one"),
     ("poweroff", "switches off through the ACPI sleep control register"),
 ];

@@ -96,4 +96,4 @@ macro_rules! passive {
     )*};
 }
 
-passive!(crate::AcpiPower, crate::I8042, crate::Rtc);
+passive!(crate::AcpiPower, crate::DebugExit, crate::I8042, crate::Pvpanic, crate::Rtc);

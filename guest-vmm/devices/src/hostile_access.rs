@@ -2,7 +2,10 @@
 //! data that it was given.
 
 use crate::ioapic::tests::ioapic;
-use crate::{AcpiPower, Device, I8042, IoDevice, IrqLine, Rtc, SerialPort, SystemClock};
+use crate::{
+    Absent, AcpiPower, DebugExit, Device, GenericEventDevice, GuestPanic, I8042, IoDevice, IrqLine, Pvpanic,
+    Rtc, SerialPort, SystemClock,
+};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -29,13 +32,16 @@ fn devices() -> Vec<Box<dyn IoDevice>> {
     let line = IrqLine::new(ioapic.clone(), 4).expect("pin 4");
     let mut serial = SerialPort::new(line, Arc::new(|_: &[u8]| ()));
     serial.start();
-    let ioapic = Arc::into_inner(ioapic);
-    assert!(ioapic.is_none(), "the serial port holds it");
+    let line = IrqLine::new(ioapic, 9).expect("pin 9");
     vec![
         Box::new(serial),
         Box::new(Rtc::new(Box::new(SystemClock))),
         Box::new(I8042::new()),
         Box::new(AcpiPower),
+        Box::new(GenericEventDevice::new(line)),
+        Box::new(Pvpanic::new(Arc::new(|_: GuestPanic| ()))),
+        Box::new(DebugExit),
+        Box::new(Absent),
     ]
 }
 

@@ -3,7 +3,11 @@
 
 use crate::ioapic::tests::{Driver, Recorder, Told, ioapic};
 use crate::rtc::tests::Hand;
-use crate::{AcpiPower, Device, IoApic, IrqLine, PIN_COUNT, Rtc, SerialInput, SerialPort};
+use crate::{
+    AcpiPower, DebugExit, Device, GenericEvent, GenericEventDevice, GenericEventLine, GuestPanic, IoApic,
+    IrqLine, PIN_COUNT, Pvpanic, Rtc, SerialInput, SerialPort,
+};
+use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
 use guest_saved_state::devices::rtc::RtcState;
@@ -18,15 +22,20 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 const SERIAL_PIN: u8 = 4;
+const EVENT_PIN: u8 = 9;
 /// The pin of a line that is driven by nobody but the test.
 const OTHER_PIN: u8 = 10;
 
-/// The devices, in the order of [`Board::devices`].
+/// The devices, in the order of [`Board::devices`]. The generation ID is none of them: restored, it is meant to differ.
 const IOAPIC: usize = 0;
 const SERIAL: usize = 1;
 const RTC: usize = 2;
 const KEYBOARD: usize = 3;
 const ACPI_POWER: usize = 4;
+const EVENTS: usize = 5;
+const PVPANIC: usize = 6;
+const DEBUG_EXIT: usize = 7;
+const DEVICES: usize = 8;
 
 /// What happens to a board.
 #[derive(Debug, Clone)]
@@ -35,6 +44,7 @@ enum Event {
     Write { device: usize, offset: u64, data: Vec<u8> },
     Input(Vec<u8>),
     Line(bool),
+    Raise(GenericEvent),
     EndOfInterrupt(u8),
     Wait { nanoseconds: u64 },
     Reset(usize),
@@ -48,39 +58,51 @@ struct Seen {
     accepted: Option<usize>,
     told: Vec<Told>,
     sent: Vec<u8>,
+    panics: Vec<GuestPanic>,
 }
 
 struct Board {
-    devices: [Arc<Mutex<dyn Device>>; 5],
+    devices: [Arc<Mutex<dyn Device>>; DEVICES],
     input: SerialInput,
     line: IrqLine,
+    events: Arc<Mutex<GenericEventDevice>>,
     ioapic: Arc<Mutex<IoApic>>,
     routing: Recorder,
     routes: BTreeMap<u8, MsiRequest>,
     output: Arc<Mutex<Vec<u8>>>,
+    panics: Arc<Mutex<Vec<GuestPanic>>>,
     clock: Hand,
 }
 
 impl Board {
-    /// A board that runs, at the host's time. The serial port's interrupts arrive.
+    /// A board that runs, at the host's time. The interrupts of the serial port and of events arrive.
     fn new(clock: &Hand) -> Self {
         let (ioapic, routing) = ioapic();
         Driver(ioapic.clone()).set_entry(SERIAL_PIN, 0x34);
+        Driver(ioapic.clone()).set_entry(EVENT_PIN, 0x35);
         let output = Arc::new(Mutex::new(Vec::new()));
         let sink = output.clone();
         let sink = Arc::new(move |bytes: &[u8]| sink.lock().unwrap().extend_from_slice(bytes));
         let serial_line = IrqLine::new(ioapic.clone(), SERIAL_PIN).unwrap();
         let serial = Arc::new(Mutex::new(SerialPort::new(serial_line, sink)));
         let (input, line) = (SerialInput::new(&serial), IrqLine::new(ioapic.clone(), OTHER_PIN).unwrap());
-        let devices: [Arc<Mutex<dyn Device>>; 5] = [
+        let event_line = IrqLine::new(ioapic.clone(), EVENT_PIN).unwrap();
+        let events = Arc::new(Mutex::new(GenericEventDevice::new(event_line)));
+        let panics = Arc::new(Mutex::new(Vec::new()));
+        let heard = panics.clone();
+        let pvpanic = Pvpanic::new(Arc::new(move |panic| heard.lock().unwrap().push(panic)));
+        let devices: [Arc<Mutex<dyn Device>>; DEVICES] = [
             ioapic.clone(),
             serial,
             Arc::new(Mutex::new(Rtc::new(Box::new(clock.clone())))),
             Arc::new(Mutex::new(crate::I8042::new())),
             Arc::new(Mutex::new(AcpiPower)),
+            events.clone(),
+            Arc::new(Mutex::new(pvpanic)),
+            Arc::new(Mutex::new(DebugExit)),
         ];
         let (routes, clock) = (BTreeMap::new(), clock.clone());
-        let mut board = Self { devices, input, line, ioapic, routing, routes, output, clock };
+        let mut board = Self { devices, input, line, events, ioapic, routing, routes, output, panics, clock };
         board.each(|device| device.start());
         board.told();
         board
@@ -126,12 +148,14 @@ impl Board {
             }
             Event::Input(bytes) => accepted = self.input.push(bytes),
             Event::Line(asserted) => self.line.set_level(*asserted),
+            Event::Raise(event) => GenericEventLine::new(&self.events, *event).raise(),
             Event::EndOfInterrupt(vector) => self.ioapic.lock().unwrap().end_of_interrupt(*vector),
             Event::Wait { nanoseconds } => self.clock.advance(*nanoseconds),
             Event::Reset(device) => self.devices[*device].lock().unwrap().reset(),
         }
         let sent = std::mem::take(&mut *self.output.lock().unwrap());
-        Seen { read, power, accepted, told: self.told(), sent }
+        let panics = std::mem::take(&mut *self.panics.lock().unwrap());
+        Seen { read, power, accepted, told: self.told(), sent, panics }
     }
 
     fn stop(&self) {
@@ -185,11 +209,15 @@ fn event() -> impl Strategy<Value = Event> {
         6 => access(RTC, vec![0, 1, 1], rtc.boxed()),
         2 => access(KEYBOARD, vec![0, 1, 1, 4], byte()),
         1 => access(ACPI_POWER, vec![0, 1, 2], select(vec![0x34, 1, 0]).boxed()),
+        2 => access(EVENTS, vec![0], byte()),
+        1 => access(PVPANIC, vec![0], byte()),
+        1 => access(DEBUG_EXIT, vec![0, 2], byte()),
+        2 => select(vec![GenericEvent::PowerButton, GenericEvent::GenerationId]).prop_map(Event::Raise),
         2 => vec(any::<u8>(), 0..200).prop_map(Event::Input),
         2 => any::<bool>().prop_map(Event::Line),
         2 => (0x30u8..0x34).prop_map(Event::EndOfInterrupt),
         1 => (0u64..3_000_000_000).prop_map(|nanoseconds| Event::Wait { nanoseconds }),
-        1 => (0usize..5).prop_map(Event::Reset),
+        1 => (0..DEVICES).prop_map(Event::Reset),
     ]
 }
 
@@ -264,7 +292,7 @@ proptest! {
     /// Bytes that end early are a state without its last fields, or none.
     #[test]
     fn a_truncated_state_is_taken_as_what_is_left_or_not_at_all(
-        before in events(), device in 0usize..5, end in any::<prop::sample::Index>(),
+        before in events(), device in 0..DEVICES, end in any::<prop::sample::Index>(),
     ) {
         let board = Board::after(&before, &clock());
         board.stop();
@@ -336,7 +364,10 @@ fn any_state() -> impl Strategy<Value = (usize, SavedStateBlob)> {
         (RTC, SavedStateBlob::new(&RtcState { index, ram, offset_seconds: -offset, acknowledged_seconds }))
     });
     let i8042 = small().prop_map(|port_b| (KEYBOARD, SavedStateBlob::new(&I8042State { port_b })));
-    prop_oneof![ioapic, serial, rtc, i8042]
+    let generic_event = prop_oneof![4 => 0u32..4, 1 => small()];
+    let generic_event =
+        generic_event.prop_map(|pending| (EVENTS, SavedStateBlob::new(&GenericEventState { pending })));
+    prop_oneof![ioapic, serial, rtc, i8042, generic_event]
 }
 
 /// A change that makes a state invalid, and what is said of it.
@@ -437,9 +468,19 @@ fn what_no_keyboard_controller_has_is_refused() {
 }
 
 #[test]
-fn the_power_registers_say_that_they_have_no_state() {
+fn events_that_do_not_exist_are_refused() {
+    refused::<GenericEventState>(
+        EVENTS,
+        &[(|state| state.pending = 4, "pending is 0x4"), (|state| state.pending = 0x100, "pending is 0x100")],
+    );
+}
+
+#[test]
+fn devices_without_state_say_so() {
     let board = Board::new(&clock());
-    assert_eq!(board.save()[ACPI_POWER], SavedStateBlob::new(&NoSavedState {}));
+    for device in [ACPI_POWER, PVPANIC, DEBUG_EXIT] {
+        assert_eq!(board.save()[device], SavedStateBlob::new(&NoSavedState {}));
+    }
 }
 
 #[test]
@@ -447,7 +488,8 @@ fn another_devices_state_is_refused() {
     let board = Board::new(&clock());
     let states = board.save();
     for (at, device) in board.devices.iter().enumerate() {
-        for (other, state) in states.iter().enumerate().filter(|(other, _)| *other != at) {
+        let others = |state: &SavedStateBlob| state.type_name() != states[at].type_name();
+        for (other, state) in states.iter().enumerate().filter(|(_, state)| others(state)) {
             let error = device.lock().unwrap().restore_blob(state.clone()).unwrap_err();
             assert!(matches!(error, RestoreError::WrongType { .. }), "{at} takes {other}: {error}");
         }

@@ -288,6 +288,7 @@ fn power(request: PowerRequest) -> VpHaltReason {
         PowerRequest::PowerOff => VpHaltReason::PowerOff,
         PowerRequest::Hibernate => VpHaltReason::Hibernate,
         PowerRequest::Reset => VpHaltReason::Reset,
+        PowerRequest::DebugExit(value) => VpHaltReason::DebugExit(value),
     }
 }
 

@@ -46,6 +46,6 @@ impl BootImage {
         reset_vector::write(memory.view()).map_err(BootError::ResetVector)?;
         let BootFiles { kernel, initrd, cmdline } = &self.files;
         let source = BootSource { kernel, initrd: initrd.as_ref(), cmdline };
-        Ok(loader::load(memory.view(), &source, rsdp)?)
+        Ok(loader::load(memory, &source, rsdp)?)
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! Sources: System V ABI, chapter 5; Linux `elfcore.h` and `user_64.h` for NT_PRSTATUS; QEMU's `dump-guest-memory` for the other.
 
-use crate::layout::{self, PAGE_BYTES};
+use crate::layout::PAGE_BYTES;
 use crate::machine::MachineView;
 use crate::memory::GuestMemory;
 use object::elf::{
@@ -16,6 +16,7 @@ use object::elf::{
 use object::write::elf::{FileHeader, ProgramHeader, Writer};
 use processor::{Registers, Segment, SystemRegisters, Table, VpIndex, VpState, VpStateKind};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -90,18 +91,18 @@ fn is_dumped(kind: VpStateKind) -> bool {
 
 impl CoreDump {
     fn new(vps: &[VpState], memory: &Arc<GuestMemory>) -> Self {
-        let memory_bytes = memory.bytes();
-        Self { head: head(&notes(vps), memory_bytes), memory: Arc::downgrade(memory), memory_bytes }
+        let ranges = memory.ranges();
+        let memory_bytes = ranges.iter().map(|range| range.end - range.start).sum();
+        Self { head: head(&notes(vps), &ranges), memory: Arc::downgrade(memory), memory_bytes }
     }
 }
 
 /// The file's headers and the notes, up to the page at which memory begins.
-fn head(notes: &[u8], memory_bytes: u64) -> Vec<u8> {
-    let ranges = layout::memory_ranges(memory_bytes);
+fn head(notes: &[u8], ranges: &[Range<u64>]) -> Vec<u8> {
     let mut head = Vec::new();
     let mut writer = Writer::new(object::Endianness::Little, true, &mut head);
     writer.reserve_file_header();
-    writer.reserve_program_headers(u32::try_from(1 + ranges.len()).expect("two ranges at most"));
+    writer.reserve_program_headers(u32::try_from(1 + ranges.len()).expect("a few ranges"));
     let notes_at = writer.reserve(notes.len() as u64, 4);
     let memory_at = writer.reserve(0, PAGE_BYTES);
     writer
@@ -126,7 +127,7 @@ fn head(notes: &[u8], memory_bytes: u64) -> Vec<u8> {
         p_align: 4,
     });
     let mut offset = memory_at;
-    for range in &ranges {
+    for range in ranges {
         let bytes = range.end - range.start;
         writer.write_program_header(&ProgramHeader {
             p_type: PT_LOAD,

@@ -8,7 +8,8 @@
 //! | `0x0000_9000` | `0x0000_f000` | [`PAGE_TABLES`]: the first 4 GiB, identical |
 //! | `0x0002_0000` | `0x0003_0000` | [`COMMAND_LINE`] |
 //! | `0x000a_0000` | `0x000e_0000` | memory that is not announced: a PC has its VGA there |
-//! | `0x000e_0000` | `0x000f_fff0` | [`ACPI_AREA`]: RSDP and tables, where a PC has its BIOS |
+//! | `0x000e_0000` | `0x000f_e000` | [`ACPI_AREA`]: RSDP and tables, where a PC has its BIOS |
+//! | `0x000f_e000` | `0x000f_f000` | [`GENERATION_ID`]: a page of its own, as its specification wants it |
 //! | `0x000f_fff0` | `0x0010_0000` | [`RESET_VECTOR`]: what of a BIOS guests jump to |
 //! | `0x0010_0000` | `0xc000_0000` | memory, up to [`LOW_MEMORY_END`] |
 //! | `0xc000_0000` | `0x1_0000_0000` | no memory: registers |
@@ -36,7 +37,9 @@ pub const COMMAND_LINE: Range<u64> = 0x2_0000..0x3_0000;
 /// Where the memory below the first megabyte ends that kernels may use.
 pub const CONVENTIONAL_MEMORY_END: u64 = 0xa_0000;
 /// The ACPI tables; the RSDP is the first.
-pub const ACPI_AREA: Range<u64> = 0xe_0000..0xf_fff0;
+pub const ACPI_AREA: Range<u64> = 0xe_0000..0xf_e000;
+/// The page that begins with the VM generation ID.
+pub const GENERATION_ID: Range<u64> = 0xf_e000..0xf_f000;
 /// The address `0xffff:0` of real mode, where a PC starts; guests jump there to start it anew.
 pub const RESET_VECTOR: Range<u64> = 0xf_fff0..0x10_0000;
 /// Where the memory begins that kernels are usually loaded to.
@@ -60,12 +63,22 @@ pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
 pub const COM1_PORT: u16 = 0x3f8;
 /// See [`COM1_PORT`].
 pub const COM1_IRQ: u8 = 4;
+/// The ports of a PC's other serial ports, where there is none.
+pub const ABSENT_SERIAL_PORTS: [(&str, u16); 3] = [("com2", 0x2f8), ("com3", 0x3e8), ("com4", 0x2e8)];
 /// The keyboard controller and port B.
 pub const I8042_PORT: u16 = 0x60;
 /// The real-time clock.
 pub const RTC_PORT: u16 = 0x70;
 /// The registers for power-off and reset.
 pub const ACPI_POWER_PORT: u16 = 0x600;
+/// The Generic Event Device, and its interrupt.
+pub const GENERIC_EVENT_PORT: u16 = 0x604;
+/// See [`GENERIC_EVENT_PORT`].
+pub const GENERIC_EVENT_IRQ: u8 = 9;
+/// pvpanic, where QEMU has it.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// The debug-exit port of test guests, where QEMU's users have it.
+pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 
 /// A page of memory, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -75,6 +88,14 @@ pub fn memory_ranges(bytes: u64) -> Vec<Range<u64>> {
     let low = bytes.min(LOW_MEMORY_END);
     let high = HIGH_MEMORY..HIGH_MEMORY.saturating_add(bytes - low);
     [0..low, high].into_iter().filter(|range| !range.is_empty()).collect()
+}
+
+/// Where memory can be plugged later beside a guest's memory of so many bytes: so much, at a multiple of the alignment. Above all of
+/// the other memory.
+pub fn hotplug_region(memory_bytes: u64, bytes: u64, alignment: u64) -> Range<u64> {
+    let above = memory_ranges(memory_bytes).last().map_or(HIGH_MEMORY, |range| range.end.max(HIGH_MEMORY));
+    let start = above.next_multiple_of(alignment);
+    start..start.saturating_add(bytes)
 }
 
 /// How a kernel may use a range of memory.
@@ -109,6 +130,12 @@ mod tests {
     }
 
     #[test]
+    fn memory_for_later_is_above_all_other() {
+        assert_eq!(hotplug_region(GIB, GIB, 1 << 27), 4 * GIB..5 * GIB);
+        assert_eq!(hotplug_region(5 * GIB, GIB, 4 * GIB), 8 * GIB..9 * GIB);
+    }
+
+    #[test]
     fn the_first_megabyte_alone_is_announced() {
         let low = vec![(0..0xa_0000, MemoryUse::Ram), (0xe_0000..0x10_0000, MemoryUse::Reserved)];
         assert_eq!(announced_memory(&memory_ranges(1 << 20)), low);
@@ -124,6 +151,7 @@ mod tests {
             COMMAND_LINE,
             CONVENTIONAL_MEMORY_END..ACPI_AREA.start,
             ACPI_AREA,
+            GENERATION_ID,
             RESET_VECTOR,
             EXTENDED_MEMORY..LOW_MEMORY_END,
             DEVICE_WINDOWS,

@@ -1,16 +1,17 @@
 //! The machine, assembled: memory, partition, devices and VPs as one set of state units.
 
-use crate::board::{Board, Placed, Window};
+use crate::board::{Board, Listeners, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
 use crate::debug::{DebugError, DebugHalt, Debugger, Target};
+use crate::layout;
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryError, MemoryOptions};
 use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::virtio::{IoThread, VirtioSpec};
-use devices::{ByteSink, SerialInput};
+use devices::{Absent, ByteSink, GenericEventLine, GuestPanic, PanicSink, SerialInput, SerialPort};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
 use processor::{
@@ -22,7 +23,8 @@ use state_unit::{
     TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
 };
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -46,10 +48,16 @@ pub struct MachineConfig {
     pub time: TimePolicy,
     /// How much memory, in bytes.
     pub memory_bytes: u64,
+    /// Where memory can be plugged later ([`crate::layout::hotplug_region`]), if the guest has a device for that.
+    pub hotplug: Option<Range<u64>>,
     /// What kind of memory.
     pub memory: MemoryOptions,
     /// What it boots.
     pub boot: BootFiles,
+    /// Who hears of the panics that the guest reports.
+    pub panics: Arc<dyn PanicSink>,
+    /// Whether there is a port for test guests, a write to which ends the guest.
+    pub debug_exit: bool,
     /// Its virtio devices, in the order in which a guest finds them. No two have the same name, nor one of the board's.
     pub devices: Vec<VirtioSpec>,
     /// A fault to inject, for tests.
@@ -65,8 +73,11 @@ impl MachineConfig {
             cpuid_mask: Vec::new(),
             time: TimePolicy::default(),
             memory_bytes,
+            hotplug: None,
             memory: MemoryOptions::default(),
             boot,
+            panics: Arc::new(|_: GuestPanic| ()),
+            debug_exit: false,
             devices: Vec::new(),
             inject: None,
         }
@@ -132,6 +143,7 @@ pub struct MachineView {
     partition: Weak<dyn Partition>,
     units: StateUnitsInspector,
     pub(crate) target: Arc<Target>,
+    power_button: GenericEventLine,
 }
 
 impl MachineView {
@@ -145,6 +157,11 @@ impl MachineView {
     pub fn inject_nmi(&self) {
         let Some(partition) = self.partition.upgrade() else { return };
         (0..).map(VpIndex).take(self.vps.count()).for_each(|vp| partition.inject_nmi(vp));
+    }
+
+    /// Presses the power button. A guest that is stopped hears of it when it goes on; once the machine is destroyed there is none.
+    pub fn press_power_button(&self) {
+        self.power_button.raise();
     }
 
     /// Begins to debug the VPs: see [`Debugger`]. Another one is waited for this long. Has to be called in the
@@ -240,7 +257,8 @@ impl Machine {
             capabilities: shared.debug_capabilities(),
         };
         let (partition, units_view) = (Arc::downgrade(&shared), units.inspector());
-        let view = Arc::new(MachineView { vps, partition, units: units_view, target: Arc::new(target) });
+        let (target, power_button) = (Arc::new(target), board.power_button());
+        let view = Arc::new(MachineView { vps, partition, units: units_view, target, power_button });
         let input = SerialInput::new(&board.serial);
         Ok(Self { units, handles, view, input, tasks, io, partition: shared, memory })
     }
@@ -337,8 +355,8 @@ fn lay_foundation<H: Hypervisor>(
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Foundation<H::Binder>, MachineError> {
     let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
-    let memory =
-        Arc::new(GuestMemory::new(config.memory_bytes, config.memory).map_err(MachineError::Memory)?);
+    let memory = GuestMemory::with_hotplug(config.memory_bytes, config.memory, config.hotplug);
+    let memory = Arc::new(memory.map_err(MachineError::Memory)?);
     go_on()?;
     let partition_config = PartitionConfig {
         time: config.time,
@@ -347,8 +365,9 @@ fn lay_foundation<H: Hypervisor>(
     };
     let partition = hypervisor.build(&partition_config).map_err(MachineError::Partition)?;
     go_on()?;
-    let board = Board::new(partition.partition.clone(), output);
-    let mut devices = board.devices();
+    let listeners = Listeners { serial: output, panics: config.panics };
+    let board = Board::new(partition.partition.clone(), listeners, config.debug_exit);
+    let mut devices = board.devices(&memory);
     let io = virtio::add(config.devices, &memory, &*partition.partition, &board.ioapic, &mut devices)?;
     let bus = build_bus(&board, &devices)?;
     let nodes = devices.iter_mut().filter_map(|placed| placed.acpi.take()).collect();
@@ -364,9 +383,13 @@ fn build_bus(board: &Board, devices: &[Placed]) -> Result<Bus, MachineError> {
         match *window {
             Window::Ports(base, count) => builder.ports(name, base, count, device.clone()),
             Window::Memory(base, bytes) => builder.mmio(name, base, bytes, device.clone()),
-            Window::Bus => Ok(()),
+            Window::Bus | Window::None => Ok(()),
         }
         .map_err(MachineError::Overlap)?;
+    }
+    for (name, base) in layout::ABSENT_SERIAL_PORTS {
+        let nothing = Arc::new(Mutex::new(Absent));
+        builder.ports(name, base, SerialPort::PORTS, nothing).map_err(MachineError::Overlap)?;
     }
     Ok(builder.build())
 }
@@ -409,6 +432,8 @@ impl Assembly {
 }
 
 #[cfg(test)]
+mod board_tests;
+#[cfg(test)]
 mod going_on;
 
 #[cfg(test)]
@@ -430,7 +455,8 @@ mod tests {
     const IOAPIC: u64 = crate::layout::IOAPIC;
     /// For a guest that goes on.
     const PATIENT: Duration = Duration::from_secs(60);
-    const DEVICES: [&str; 5] = ["ioapic", "serial", "rtc", "i8042", "acpi-power"];
+    const DEVICES: [&str; 8] =
+        ["ioapic", "serial", "rtc", "i8042", "acpi-power", "generic-events", "generation-id", "pvpanic"];
 
     /// The devices of a machine as a set, and the VP that uses them.
     struct Bench {
@@ -528,7 +554,7 @@ mod tests {
         assert_eq!(states.iter().map(|state| state.name.as_str()).collect::<Vec<_>>(), DEVICES);
         let mut bench = Bench::new(&finding_devices()).await;
         bench.units.restore(states.clone()).await.unwrap();
-        assert_eq!(bench.units.save().await.unwrap(), states);
+        assert_eq!(bench.units.save().await.unwrap(), going_on::with_new_generation(states));
         bench.start().await;
         // The refresh bit of port B (0x10) toggles with each read, the first of which sets it; timer 2's output is 0x20.
         assert_eq!(bench.sent(4).await, [0x5a, 0x01, 0x77, 0x33]);

@@ -130,15 +130,15 @@ impl Mapping {
         Ok(())
     }
 
-    /// Allocates every page, as far as that has not happened.
-    fn populate(&self) -> rustix::io::Result<()> {
+    /// Allocates every page of the first `bytes`, as far as that has not happened.
+    fn populate(&self, bytes: usize) -> rustix::io::Result<()> {
         // SAFETY: allocates pages of the range; their contents stay.
-        unsafe { madvise(self.base, self.bytes, Advice::LinuxPopulateWrite) }
+        unsafe { madvise(self.base, bytes.min(self.bytes), Advice::LinuxPopulateWrite) }
     }
 
-    fn lock(&self) -> rustix::io::Result<()> {
+    fn lock(&self, bytes: usize) -> rustix::io::Result<()> {
         // SAFETY: locks pages of the range; their contents stay.
-        unsafe { mlock(self.base, self.bytes) }
+        unsafe { mlock(self.base, bytes.min(self.bytes)) }
     }
 
     fn unmap(&self) {
@@ -175,6 +175,7 @@ pub struct GuestMemory {
     view: Option<GuestMemoryMmap>,
     file: Arc<File>,
     bytes: u64,
+    hotplug: Option<Range<u64>>,
     options: MemoryOptions,
 }
 
@@ -183,12 +184,25 @@ impl GuestMemory {
     ///
     /// May block for as long as the host takes to allocate all of it, if the options ask for that.
     pub fn new(bytes: u64, options: MemoryOptions) -> Result<Self, MemoryError> {
+        Self::with_hotplug(bytes, options, None)
+    }
+
+    /// The same, with a region beside it that the guest is told of by its memory device, and not by its firmware: see
+    /// [`layout::hotplug_region`]. Nothing of it is allocated before it is touched, but for huge pages, which are reserved at once.
+    pub fn with_hotplug(
+        bytes: u64,
+        options: MemoryOptions,
+        hotplug: Option<Range<u64>>,
+    ) -> Result<Self, MemoryError> {
         let bytes = checked_size(bytes, options)?;
-        let length = usize::try_from(bytes).expect("checked against the host's memory");
-        let file = Arc::new(create_file(bytes, options)?);
-        let mapping = Mapping::reserve(length).map_err(|e| system("mmap", bytes, e))?;
+        let region = hotplug.as_ref().map_or(0, |region| region.end - region.start);
+        let all =
+            bytes.checked_add(region).ok_or(MemoryError::TooLarge { bytes: region, host_bytes: bytes })?;
+        let length = usize::try_from(all).expect("checked against the host's memory");
+        let file = Arc::new(create_file(all, options)?);
+        let mapping = Mapping::reserve(length).map_err(|e| system("mmap", all, e))?;
         // From here on dropping `memory` unmaps the range, whatever fails.
-        let mut memory = Self { mapping, regions: Vec::new(), view: None, file, bytes, options };
+        let mut memory = Self { mapping, regions: Vec::new(), view: None, file, bytes, hotplug, options };
         memory.fill()?;
         memory.allocate()?;
         memory.build_view();
@@ -200,14 +214,24 @@ impl GuestMemory {
         self.view.as_ref().expect("only dropping takes it")
     }
 
-    /// The memfd. Offset 0 is guest physical address 0; the memory above 4 GiB follows at [`layout::LOW_MEMORY_END`].
+    /// The memfd. Offset 0 is guest physical address 0; the memory above 4 GiB follows at [`layout::LOW_MEMORY_END`], the region for
+    /// memory that is plugged later after that.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
-    /// Its size in bytes.
+    /// Its size in bytes, without the region for memory that is plugged later.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Where it is, in the order in which it lies in the memfd: what firmware tells of, then the region for what is plugged later.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        layout::memory_ranges(self.bytes).into_iter().chain(self.hotplug.clone()).collect()
+    }
+
+    fn file_bytes(&self) -> u64 {
+        self.ranges().iter().map(|range| range.end - range.start).sum()
     }
 
     /// How it is allocated.
@@ -215,7 +239,7 @@ impl GuestMemory {
         self.options
     }
 
-    /// The VMM's own address of the memfd's first byte, a multiple of 2 MiB. The mapping is contiguous and [`Self::bytes`] long.
+    /// The VMM's own address of the memfd's first byte, a multiple of 2 MiB. The mapping is contiguous and as long as the memfd.
     pub fn host_address(&self) -> usize {
         self.mapping.base.addr()
     }
@@ -223,14 +247,14 @@ impl GuestMemory {
     /// Gives the guest fresh memory, all zero, at the same addresses. The VPs and devices must not run.
     pub fn zero(&self) -> Result<(), MemoryError> {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, punch, 0, self.bytes).map_err(|e| system("fallocate", self.bytes, e))?;
+        let bytes = self.file_bytes();
+        fallocate(&self.file, punch, 0, bytes).map_err(|e| system("fallocate", bytes, e))?;
         if self.options.huge_pages {
             // Punching has given the pages back to the pool with their reservation; a guest that found it empty would get SIGBUS.
-            fallocate(&self.file, FallocateFlags::empty(), 0, self.bytes)
-                .map_err(|e| self.no_huge_pages(e))?;
+            fallocate(&self.file, FallocateFlags::empty(), 0, bytes).map_err(|e| self.no_huge_pages(e))?;
         }
         if self.options.prefault || self.options.lock {
-            self.mapping.populate().map_err(|e| system("madvise", self.bytes, e))?;
+            self.populate()?;
         }
         Ok(())
     }
@@ -249,18 +273,27 @@ impl GuestMemory {
 
     fn allocate(&self) -> Result<(), MemoryError> {
         if self.options.lock {
-            self.mapping.lock().map_err(|e| lock_error(self.bytes, e))?;
+            self.mapping.lock(self.told_bytes()).map_err(|e| lock_error(self.bytes, e))?;
         }
         if self.options.prefault {
-            self.mapping.populate().map_err(|e| system("madvise", self.bytes, e))?;
+            self.populate()?;
         }
         Ok(())
+    }
+
+    /// How much of the mapping is what firmware tells of.
+    fn told_bytes(&self) -> usize {
+        usize::try_from(self.bytes).expect("part of the mapping")
+    }
+
+    fn populate(&self) -> Result<(), MemoryError> {
+        self.mapping.populate(self.told_bytes()).map_err(|e| system("madvise", self.bytes, e))
     }
 
     fn build_view(&mut self) {
         let mut offset = 0;
         let mut regions = Vec::new();
-        for range in layout::memory_ranges(self.bytes) {
+        for range in self.ranges() {
             let region = Arc::new(self.region(offset, &range));
             offset += range.end - range.start;
             self.regions.push(region.clone());
@@ -297,7 +330,7 @@ impl GuestRam for GuestMemory {
 
     fn discard(&self, start: GuestAddress, bytes: u64) -> io::Result<()> {
         let whole = [start.0, bytes].iter().all(|value| value.is_multiple_of(self.page_bytes()));
-        let Some(offset) = file_offset(self.bytes, start.0, bytes).filter(|_| whole && bytes > 0) else {
+        let Some(offset) = file_offset(&self.ranges(), start.0, bytes).filter(|_| whole && bytes > 0) else {
             let text = format!("{bytes:#x} bytes at {:#x} are not whole pages of memory", start.0);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         };
@@ -320,11 +353,11 @@ impl Drop for GuestMemory {
     }
 }
 
-/// Where guest physical addresses are in the memfd of so much memory, if all of them are memory.
-fn file_offset(memory_bytes: u64, start: u64, bytes: u64) -> Option<u64> {
+/// Where guest physical addresses are in the memfd of memory in these ranges, if all of them are in one.
+fn file_offset(ranges: &[Range<u64>], start: u64, bytes: u64) -> Option<u64> {
     let end = start.checked_add(bytes)?;
     let mut offset = 0;
-    for range in layout::memory_ranges(memory_bytes) {
+    for range in ranges {
         if range.start <= start && end <= range.end {
             return Some(offset + start - range.start);
         }
@@ -415,10 +448,28 @@ mod tests {
 
     #[test]
     fn memory_above_the_hole_is_behind_that_below_in_the_file() {
-        assert_eq!(file_offset(MIB, 0, MIB), Some(0));
-        assert_eq!(file_offset(MIB, layout::HIGH_MEMORY, 4096), None);
-        assert_eq!(file_offset(5 * GIB, 4 * GIB + 8192, 4096), Some(3 * GIB + 8192));
-        assert_eq!(file_offset(5 * GIB, 3 * GIB - 4096, 8192), None, "into the hole");
+        let offset = |memory, start, bytes| file_offset(&layout::memory_ranges(memory), start, bytes);
+        assert_eq!(offset(MIB, 0, MIB), Some(0));
+        assert_eq!(offset(MIB, layout::HIGH_MEMORY, 4096), None);
+        assert_eq!(offset(5 * GIB, 4 * GIB + 8192, 4096), Some(3 * GIB + 8192));
+        assert_eq!(offset(5 * GIB, 3 * GIB - 4096, 8192), None, "into the hole");
+    }
+
+    #[test]
+    fn a_region_for_later_is_memory_that_nobody_is_told_of() {
+        let region = layout::hotplug_region(4 * MIB, 8 * MIB, 2 * MIB);
+        let options = MemoryOptions { prefault: true, ..MemoryOptions::default() };
+        let memory = GuestMemory::with_hotplug(4 * MIB, options, Some(region.clone())).unwrap();
+        assert_eq!((memory.bytes(), memory.ranges()), (4 * MIB, vec![0..4 * MIB, region.clone()]));
+        assert_eq!(allocated_bytes(&memory), 4 * MIB, "nothing of it is there before it is touched");
+        let last = GuestAddress(region.end - 4096);
+        memory.view().write_obj(7u8, last).unwrap();
+        assert_eq!(allocated_bytes(&memory), 4 * MIB + 4096);
+        memory.discard(last, 4096).unwrap();
+        assert_eq!((allocated_bytes(&memory), memory.view().read_obj::<u8>(last).unwrap()), (4 * MIB, 0));
+        memory.view().write_obj(7u8, last).unwrap();
+        memory.zero().unwrap();
+        assert_eq!(allocated_bytes(&memory), 4 * MIB);
     }
 
     fn allocated_bytes(memory: &GuestMemory) -> u64 {

@@ -5,7 +5,6 @@
 //! that a guest in another machine is to go on from needs the same memory there.
 
 use crate::boot::BootImage;
-use crate::layout;
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::vp_set::VpSet;
@@ -154,7 +153,7 @@ impl Part for MemoryPart {
             .field("lock", &lock)
             .child("ranges", |request| {
                 let mut response = request.respond();
-                for (index, range) in layout::memory_ranges(self.memory.bytes()).iter().enumerate() {
+                for (index, range) in self.memory.ranges().iter().enumerate() {
                     response.child(&index.to_string(), |request| inspect_range(range, request));
                 }
             })

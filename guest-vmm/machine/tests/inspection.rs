@@ -27,7 +27,19 @@ const PATIENT: Duration = Duration::from_secs(60);
 /// For trees with parts that never answer. What does answer has far more time than it needs.
 const IMPATIENT: Duration = Duration::from_secs(1);
 
-const UNITS: [&str; 8] = ["memory", "partition", "ioapic", "serial", "rtc", "i8042", "acpi-power", "vps"];
+const UNITS: [&str; 11] = [
+    "memory",
+    "partition",
+    "ioapic",
+    "serial",
+    "rtc",
+    "i8042",
+    "acpi-power",
+    "generic-events",
+    "generation-id",
+    "pvpanic",
+    "vps",
+];
 
 /// Says which VPs were asked to leave the guest. That is certain only for the first question to a VP that is there: one that
 /// is still on its way in, or just back, answers without being asked to leave.

@@ -13,6 +13,8 @@ pub enum PowerRequest {
     Hibernate,
     /// Reset the guest.
     Reset,
+    /// End the guest, which leaves this value: it is a test.
+    DebugExit(u32),
 }
 
 /// The bus as a VP sees it.

@@ -101,6 +101,8 @@ pub enum VpHaltReason {
     Reset,
     /// The guest has saved itself to its disk and asked to be powered off (ACPI S4).
     Hibernate,
+    /// The guest, a test, has ended itself and leaves this value.
+    DebugExit(u32),
     /// A triple fault: the VP cannot go on.
     TripleFault(Box<VpFault>),
     /// The VP has executed one instruction, as [`DebugState::single_step`] wants it.

@@ -1,6 +1,7 @@
 //! BalloonController: the host's end of a guest's memory balloon.
 
-use devices::virtio::balloon::{BalloonHandle, StatisticsError};
+use crate::guest::Guest;
+use devices::virtio::balloon::{BalloonHandle, StatisticsError, TooManyPages};
 use guest_schema::guest_capnp::balloon_controller;
 use guest_schema::{Failure, GuestError};
 use std::rc::Rc;
@@ -10,19 +11,15 @@ use std::time::Duration;
 const STATISTICS: Duration = Duration::from_secs(2);
 
 /// A balloon, for as long as its guest lives.
-pub(crate) struct Balloon {
-    guest: Rc<crate::guest::Guest>,
-}
+pub(crate) struct Balloon(Rc<Guest>);
 
 impl Balloon {
-    pub fn new(guest: Rc<crate::guest::Guest>) -> Self {
-        Self { guest }
+    pub fn new(guest: Rc<Guest>) -> Self {
+        Self(guest)
     }
 
     fn handle(&self) -> Result<BalloonHandle, Failure> {
-        let ends =
-            self.guest.ends().ok_or_else(|| Failure::new(GuestError::NotRunning, "the guest has ended"))?;
-        ends.balloon.ok_or_else(|| Failure::new(GuestError::DeviceNotPresent, "the guest has no balloon"))
+        self.0.end_of("balloon", |ends| ends.balloon.clone())
     }
 }
 
@@ -58,9 +55,8 @@ impl balloon_controller::Server for Balloon {
         mut results: balloon_controller::RequestNumPagesResults,
     ) -> capnp::Result<()> {
         let pages = params.get()?.get_pages();
-        let refused = |error: devices::virtio::balloon::TooManyPages| {
-            Failure::new(GuestError::LimitExceeded, format!("pages: {error}"))
-        };
+        let refused =
+            |error: TooManyPages| Failure::new(GuestError::LimitExceeded, format!("pages: {error}"));
         let mut results = results.get();
         match self.handle().and_then(|balloon| balloon.request_pages(pages).map_err(refused)) {
             Ok(()) => results.set_accepted_pages(pages),

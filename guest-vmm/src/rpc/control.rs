@@ -154,6 +154,15 @@ impl guest_control::Server for Control {
         Ok(())
     }
 
+    async fn power_button(
+        self: Rc<Self>,
+        _: guest_control::PowerButtonParams,
+        mut results: guest_control::PowerButtonResults,
+    ) -> capnp::Result<()> {
+        Failure::write_result(&self.guest.press_power_button(), results.get().init_result());
+        Ok(())
+    }
+
     async fn dump(
         self: Rc<Self>,
         _: guest_control::DumpParams,

@@ -1,11 +1,12 @@
 //! Guest: the user's capability.
 
 use super::balloon::Balloon;
+use super::mem::Mem;
 use super::observer::Observed;
 use super::streams::{PortStream, pump};
 use crate::guest::Guest;
 use crate::ports::GuestPort;
-use devices::virtio::console::{ConsoleHandle, ConsoleSize};
+use devices::virtio::console::ConsoleSize;
 use guest_schema::common_capnp::{byte_stream, output_sink};
 use guest_schema::guest_capnp::{guest, observer};
 use guest_schema::{Failure, GuestError};
@@ -32,12 +33,6 @@ impl BoundGuest {
             spawn_local(pump(log.clone(), output));
         }
         Ok(capnp_rpc::new_client(PortStream::new(self.0.clone(), port)))
-    }
-
-    fn console(&self) -> Result<ConsoleHandle, Failure> {
-        let ended = || Failure::new(GuestError::NotRunning, "the guest has ended, and its console with it");
-        let ends = self.0.ends().ok_or_else(ended)?;
-        ends.console.ok_or_else(|| GuestPort::Console.not_present())
     }
 }
 
@@ -96,7 +91,8 @@ impl guest::Server for BoundGuest {
     ) -> capnp::Result<()> {
         let params = params.get()?;
         let size = ConsoleSize { columns: params.get_columns(), rows: params.get_rows() };
-        let resized = self.console().map(|console| console.resize(size));
+        let console = self.0.end_of("console", |ends| ends.console.clone());
+        let resized = console.map(|console| console.resize(size));
         Failure::write_result(&resized, results.get().init_result());
         Ok(())
     }
@@ -107,13 +103,29 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetBalloonControllerResults,
     ) -> capnp::Result<()> {
         let mut results = results.get();
-        // What has ended is told by the controller itself.
-        if self.0.ends().is_some_and(|ends| ends.balloon.is_none()) {
-            let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no balloon");
-            results.set_controller(broken(&failure));
-            failure.write(results.init_error());
-        } else {
-            results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone())));
+        match self.0.end_of("balloon", |ends| ends.balloon.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            // What has ended is told by the controller itself.
+            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone()))),
+        }
+        Ok(())
+    }
+
+    async fn get_mem_controller(
+        self: Rc<Self>,
+        _: guest::GetMemControllerParams,
+        mut results: guest::GetMemControllerResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        match self.0.end_of("memory device", |ends| ends.mem.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Mem::new(self.0.clone()))),
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ mod control;
 mod debugger;
 mod guest;
 mod lifecycle;
+mod mem;
 mod observer;
 mod streams;
 mod vmm;

@@ -11,11 +11,15 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod balloon; /// The console.
     #[rustfmt::skip]
-    pub mod console; /// The keyboard controller, and system control port B beside it.
+    pub mod console; /// The Generic Event Device.
+    #[rustfmt::skip]
+    pub mod generic_event; /// The keyboard controller, and system control port B beside it.
     #[rustfmt::skip]
     pub mod i8042; /// The I/O APIC.
     #[rustfmt::skip]
-    pub mod ioapic; /// The real-time clock.
+    pub mod ioapic; /// The memory device.
+    #[rustfmt::skip]
+    pub mod mem; /// The real-time clock.
     #[rustfmt::skip]
     pub mod rtc; /// The serial port.
     #[rustfmt::skip]

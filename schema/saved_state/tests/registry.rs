@@ -24,8 +24,10 @@ fn every_root_is_listed_by_its_name() {
     let expected = [
         "devices.balloon.BalloonState",
         "devices.console.ConsoleState",
+        "devices.generic_event.GenericEventState",
         "devices.i8042.I8042State",
         "devices.ioapic.IoApicState",
+        "devices.mem.MemState",
         "devices.rtc.RtcState",
         "devices.serial.SerialPortState",
         "devices.virtio.VirtioState",

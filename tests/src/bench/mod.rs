@@ -136,6 +136,7 @@ fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     })
 }
 

@@ -32,6 +32,9 @@ const GUEST_MODULES: [&str; 9] = [
     "ext4",
 ];
 
+/// What the small devices of a guest's board need. Tests insert them.
+const BOARD_MODULES: [&str; 3] = ["button", "evdev", "pvpanic_mmio"];
+
 /// The lab's initramfs: `binaries` are in its `/bin`, a guest's `kernel` and `initramfs` in its `/guest`.
 pub(super) fn lab(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
@@ -65,7 +68,7 @@ pub(super) fn lab(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, L
 pub(super) fn guest(kernel: &LabKernel) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
     add_busybox(&mut archive)?;
-    for name in GUEST_MODULES {
+    for name in GUEST_MODULES.into_iter().chain(BOARD_MODULES) {
         let mut order = String::new();
         for (module, data) in kernel.modules(&[name])? {
             let path = format!("/modules/{module}.ko");

@@ -89,6 +89,7 @@ fn config(kernel: u64) -> GuestConfig {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

@@ -54,6 +54,7 @@ fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 
@@ -319,7 +320,6 @@ async fn what_is_not_supported_is_listed() -> Story {
         "net: not supported",
         "consoleConfig.ports[1]: \"a/b\" has other characters",
         "vsock: not supported",
-        "mem: not supported",
         "units[0].unit: none was given",
         "gpu: not supported",
         "sound: not supported",

@@ -1,7 +1,8 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`, the virtio console in `consoles`.
+//! `client_units`, the virtio console in `consoles`; what the board's small devices tell, in `board`.
 
+mod board;
 mod client_units;
 mod consoles;
 mod operator;
@@ -23,6 +24,7 @@ use guest_tests::stage::{Act, Channel, Kind, Stage, Story, expect, gone, play_on
 use guest_tests::wait;
 use libtest_mimic::Trial;
 
+use board::*;
 use client_units::*;
 use consoles::*;
 use operator::*;
@@ -99,6 +101,17 @@ stories! {
     an_operator_inspects_and_updates_what_is_writable;
     an_inspected_node_that_cannot_be_updated_says_why;
     an_operators_deadline_holds_for_a_unit_that_never_stops with ",fail-unit=stop-hangs";
+    a_guest_shuts_down_by_its_power_button on scripts;
+    a_paused_guest_hears_of_its_power_button_when_it_goes_on on scripts;
+    a_guest_that_ignores_its_power_button_runs_on;
+    guestctl_stops_a_guest_gracefully on scripts;
+    guestctl_forces_a_guest_that_ignores_its_power_button;
+    a_panic_is_an_event_and_in_the_exit on scripts;
+    a_panic_that_ends_in_a_reset_is_in_the_exit_if_the_reset_ends_the_guest on scripts;
+    a_panic_before_a_reset_is_counted_and_not_the_end on scripts;
+    a_guest_that_panics_all_the_time_is_told_of_now_and_then on scripts;
+    a_test_guest_ends_itself_with_a_value;
+    a_guest_has_no_debug_exit_port_unless_asked_for;
     a_clients_units_move_with_the_guest;
     a_clients_unit_that_refuses_to_start_fails_the_run;
     faults_of_a_clients_units_are_listed;
@@ -356,6 +369,7 @@ async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     };
     let (code, detail) = refused(player.lifecycle.create(&bad).await)?;
     expect("create", code, GuestError::BadConfig)?;
@@ -396,6 +410,7 @@ fn endless_config() -> GuestConfig {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

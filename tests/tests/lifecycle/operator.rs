@@ -16,7 +16,7 @@ use object::read::elf::{FileHeader, ProgramHeader};
 use tokio::sync::mpsc;
 
 /// All events from a sequence number on, to the last.
-async fn events(observer: &Observer, from: u64) -> anyhow::Result<Vec<Event>> {
+pub async fn events(observer: &Observer, from: u64) -> anyhow::Result<Vec<Event>> {
     let (sender, mut arriving) = mpsc::channel(1);
     let _subscription = observer.subscribe(from, sender).await?;
     let mut events = Vec::new();
@@ -32,6 +32,8 @@ fn told(events: &[Event]) -> Vec<String> {
         EventKind::Transition(end) if end.failure.is_some() => format!("{} failed", end.operation),
         EventKind::Transition(end) => format!("{} done", end.operation),
         EventKind::Terminated(exit) => format!("{:?}", exit.outcome),
+        EventKind::Panic(report) => format!("{:?}", report.panic),
+        EventKind::PowerButton => "power button".to_owned(),
     };
     events.iter().map(word).collect()
 }

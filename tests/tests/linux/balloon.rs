@@ -17,9 +17,9 @@ pub fn pages_go_back_to_the_host(lab: &Lab) -> anyhow::Result<()> {
     let guest = LabGuest::start(lab, "balloon", "panic=-1", &arguments).with_context(|| log)?;
     guest.saw(BOOTED, 1, LIMIT)?;
     let vmm = vmm(&guest, base)?;
-    let fill = format!("head -c {FILL_MIB}M /dev/zero >/tmp/fill; echo filled; rm /tmp/fill");
+    let fill = format!("head -c {FILL_MIB}m /dev/zero >/tmp/fill; echo filled; rm /tmp/fill");
 
-    guest.ask(&format!("head -c {FILL_MIB}M /dev/zero >/tmp/fill; echo filled"), LIMIT)?;
+    guest.ask(&format!("head -c {FILL_MIB}m /dev/zero >/tmp/fill; echo filled"), LIMIT)?;
     guest.until(&format!("[ {} -ge {FILL_MIB} ]", resident(vmm)), "memory that the guest uses", LIMIT)?;
     guest.send("rm /tmp/fill")?;
     let freed = format!("[ {} -lt {LINUX_MIB} ]", resident(vmm));

@@ -257,6 +257,7 @@ fn config(kernel: Option<FileSource>) -> GuestConfig {
         units: Vec::new(),
         devices: DevicesConfig::default(),
         catch_up_time: false,
+        debug_exit: false,
     }
 }
 

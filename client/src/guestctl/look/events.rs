@@ -1,6 +1,6 @@
 //! Events as lines for people and for programs.
 
-use guest_client::{Event, EventKind};
+use guest_client::{Event, EventKind, Panic, PanicReport};
 use serde_json::{Value, json};
 
 /// One line for people: when (UTC), and what.
@@ -23,6 +23,9 @@ fn what(kind: &EventKind) -> String {
             let detail = if exit.detail.is_empty() { String::new() } else { format!(": {}", exit.detail) };
             format!("terminated, {}{detail}", exit.outcome.name())
         }
+        EventKind::Panic(PanicReport { panic, count: 1 }) => format!("panic: {}", panic.name()),
+        EventKind::Panic(PanicReport { panic, count }) => format!("panic: {}, {count} reports", panic.name()),
+        EventKind::PowerButton => "power button pressed".to_owned(),
     }
 }
 
@@ -41,7 +44,12 @@ pub fn as_json(event: &Event) -> String {
             "duration_us": end.duration_us,
             "failure": end.failure.as_ref().map_or(Value::Null, |failure| json!(failure.chain())),
         }),
-        EventKind::Terminated(exit) => json!({"terminated": exit.outcome.name(), "detail": exit.detail}),
+        EventKind::Terminated(exit) => json!({
+            "terminated": exit.outcome.name(), "detail": exit.detail, "panic": exit.panic.map(Panic::name),
+            "panics": exit.panics, "debug_exit": exit.debug_exit,
+        }),
+        EventKind::Panic(report) => json!({"panic": report.panic.name(), "count": report.count}),
+        EventKind::PowerButton => json!({"power_button": "pressed"}),
     };
     format!("{object}\n")
 }
@@ -68,6 +76,15 @@ mod tests {
             (
                 EventKind::Terminated(Exit::clean("it powered off")),
                 "01:02:03.000042      4  terminated, clean: it powered off\n".to_owned(),
+            ),
+            (EventKind::PowerButton, "01:02:03.000042      4  power button pressed\n".to_owned()),
+            (
+                EventKind::Panic(PanicReport { panic: Panic::Panicked, count: 1 }),
+                "01:02:03.000042      4  panic: panicked\n".to_owned(),
+            ),
+            (
+                EventKind::Panic(PanicReport { panic: Panic::CrashLoaded, count: 3 }),
+                "01:02:03.000042      4  panic: crashLoaded, 3 reports\n".to_owned(),
             ),
         ];
         for (kind, expected) in cases {

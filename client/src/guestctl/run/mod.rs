@@ -158,6 +158,7 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> GuestConfig {
         units: Vec::new(),
         devices: run.devices.config(),
         catch_up_time: run.catch_up_time,
+        debug_exit: run.debug_exit,
     }
 }
 

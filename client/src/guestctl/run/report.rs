@@ -1,7 +1,7 @@
 //! What `guestctl run` says at the end.
 
-use crate::ending::{FAILED, Outcome, Trouble, UNAVAILABLE};
-use guest_client::{Exit, Failure, GuestError, Outcome as How};
+use crate::ending::{self, FAILED, Outcome, Trouble, UNAVAILABLE};
+use guest_client::{Exit, Failure, GuestError, Panic};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -88,9 +88,9 @@ impl Report {
         }
         match (self.interruption, &self.ended) {
             (Some(trouble), _) => Err(trouble),
-            (None, Ended::Exit(Exit { outcome: How::Clean, .. })) => Ok(()),
+            (None, Ended::Exit(exit)) => ending::of_guest(exit),
             (None, Ended::Refused(failure)) if is_no_kvm(failure) => Err(Trouble::Told(UNAVAILABLE)),
-            (None, _) => Err(Trouble::Told(FAILED)),
+            (None, Ended::Refused(_) | Ended::Lost(_)) => Err(Trouble::Told(FAILED)),
         }
     }
 
@@ -102,6 +102,9 @@ impl Report {
             Ended::Refused(failure) => eprintln!("guestctl: {}", failure.chain()),
             Ended::Lost(text) => eprintln!("guestctl: {text}"),
             Ended::Exit(exit) => {
+                if let Some(panic) = ending::panic_of(exit) {
+                    eprintln!("guestctl: {panic}");
+                }
                 if let Some(failure) = exit.failure() {
                     eprintln!("guestctl: {failure}");
                 }
@@ -118,10 +121,13 @@ impl Report {
             Ended::Lost(text) => ("lost", None, text.as_str(), ""),
             Ended::Exit(exit) => (exit.outcome.name(), exit.code, exit.detail.as_str(), exit.log.as_str()),
         };
+        let exit = if let Ended::Exit(exit) = &self.ended { Some(exit) } else { None };
         let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
         json!({
             "id": self.id, "outcome": outcome, "code": code.map(|code| code.name()), "detail": some(detail),
-            "log": some(log), "lost": self.lost, "timings_us": self.timings.json(),
+            "log": some(log), "panic": exit.and_then(|exit| exit.panic).map(Panic::name),
+            "panics": exit.map_or(0, |exit| exit.panics), "debug_exit": exit.and_then(|exit| exit.debug_exit),
+            "lost": self.lost, "timings_us": self.timings.json(),
         })
     }
 }
@@ -146,9 +152,16 @@ mod tests {
         let failure = Failure::new(GuestError::VcpuRuntimeFailure, "vp 0: shutdown");
         let expected = json!({
             "id": "one", "outcome": "crashed", "code": "vcpuRuntimeFailure", "detail": "vp 0: shutdown", "log": null,
+            "panic": null, "panics": 0, "debug_exit": null,
             "lost": 0, "timings_us": { "launch": 10, "create": 100, "first_byte": 50, "total": 900 },
         });
         assert_eq!(report(Ended::Exit(Exit::crashed(&failure))).json(), expected);
+        let exit = Exit { panic: Some(Panic::Panicked), panics: 2, ..Exit::debug(7) };
+        let told = report(Ended::Exit(exit)).json();
+        assert_eq!(
+            [&told["panic"], &told["panics"], &told["debug_exit"]],
+            [&json!("panicked"), &json!(2), &json!(7)]
+        );
     }
 
     #[test]

@@ -70,6 +70,10 @@ pub trait VirtioDevice: InspectMut + Send + 'static {
     /// The driver begins anew. The worker is at rest, and reset beside.
     fn reset(&mut self);
 
+    /// The whole machine begins anew, its memory being all zero: what outlives a driver's [`reset`](Self::reset), which comes first, and
+    /// no machine's, is forgotten. Most devices have no such thing.
+    fn machine_was_reset(&mut self) {}
+
     /// The state, the worker being at rest.
     ///
     /// # Errors

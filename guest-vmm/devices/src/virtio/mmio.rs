@@ -544,6 +544,7 @@ impl<D: VirtioDevice> IoDevice for VirtioMmio<D> {
     fn reset(&mut self) {
         self.collect();
         self.finish_reset();
+        self.device.machine_was_reset();
     }
 }
 

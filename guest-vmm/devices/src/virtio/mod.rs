@@ -22,6 +22,7 @@ mod event;
 mod interrupt;
 mod io_thread;
 mod log;
+pub mod mem;
 mod mmio;
 mod queue;
 mod ram;

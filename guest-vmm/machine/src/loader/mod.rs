@@ -29,12 +29,13 @@ pub use kernel::Protocol;
 pub use vp_state::InitialVpState;
 
 use crate::layout::{self, PAGE_BYTES};
+use crate::memory::GuestMemory;
 use file::ImageFile;
 use kernel::Kernel;
 use placement::Placement;
 use std::fs::File;
 use std::ops::Range;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// What a guest starts with.
 #[derive(Debug, Clone, Copy)]
@@ -63,16 +64,12 @@ pub struct LoadedGuest {
 /// `rsdp` is where [`crate::acpi::write_tables`] has put the ACPI tables' root; the two do not touch each other's memory. Blocks for
 /// as long as the files take to be read.
 pub fn load(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     source: &BootSource<'_>,
     rsdp: GuestAddress,
 ) -> Result<LoadedGuest, LoadError> {
-    let plan = Plan::new(memory_ranges(memory), source)?;
-    plan.write(memory, source.cmdline, rsdp)
-}
-
-fn memory_ranges(memory: &GuestMemoryMmap) -> Vec<Range<u64>> {
-    memory.iter().map(|region| region.start_addr().0..region.start_addr().0 + region.len()).collect()
+    let plan = Plan::new(layout::memory_ranges(memory.bytes()), source)?;
+    plan.write(memory.view(), source.cmdline, rsdp)
 }
 
 /// A file that has its place.

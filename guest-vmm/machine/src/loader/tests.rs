@@ -8,6 +8,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use std::io::{Seek, SeekFrom, Write};
+use vm_memory::GuestMemoryBackend;
 
 const MIB: u64 = 1 << 20;
 const RSDP: GuestAddress = GuestAddress(0xe_0000);
@@ -44,7 +45,7 @@ fn boot(
 ) -> Result<InitialVpState, LoadError> {
     let (kernel, initrd) = (file(kernel), initrd.map(file));
     let source = BootSource { kernel: &kernel, initrd: initrd.as_ref(), cmdline };
-    Ok(load(memory.view(), &source, RSDP)?.vp)
+    Ok(load(memory, &source, RSDP)?.vp)
 }
 
 /// The error of a load into 16 MiB, which must not have touched them.
@@ -260,7 +261,7 @@ fn files_that_are_not_regular_are_refused() {
         (&kernel, Some(&pipe), "initrd: a pipe cannot be loaded, only a regular file or a memfd"),
         (&directory, None, "kernel: a directory cannot be loaded, only a regular file or a memfd"),
     ] {
-        let error = load(memory(16).view(), &BootSource { kernel, initrd, cmdline: "" }, RSDP).unwrap_err();
+        let error = load(&memory(16), &BootSource { kernel, initrd, cmdline: "" }, RSDP).unwrap_err();
         assert_eq!(error.to_string(), text);
     }
 }

@@ -280,6 +280,7 @@ fn power(request: PowerRequest) -> Leave {
         PowerRequest::PowerOff => VpHaltReason::PowerOff,
         PowerRequest::Hibernate => VpHaltReason::Hibernate,
         PowerRequest::Reset => VpHaltReason::Reset,
+        PowerRequest::DebugExit(value) => VpHaltReason::DebugExit(value),
     })
 }
 

@@ -2,8 +2,10 @@
 
 impl ::save_restore::SavedStateRoot for crate::devices::balloon::BalloonState {}
 impl ::save_restore::SavedStateRoot for crate::devices::console::ConsoleState {}
+impl ::save_restore::SavedStateRoot for crate::devices::generic_event::GenericEventState {}
 impl ::save_restore::SavedStateRoot for crate::devices::i8042::I8042State {}
 impl ::save_restore::SavedStateRoot for crate::devices::ioapic::IoApicState {}
+impl ::save_restore::SavedStateRoot for crate::devices::mem::MemState {}
 impl ::save_restore::SavedStateRoot for crate::devices::rtc::RtcState {}
 impl ::save_restore::SavedStateRoot for crate::devices::serial::SerialPortState {}
 impl ::save_restore::SavedStateRoot for crate::devices::virtio::VirtioState {}
@@ -15,8 +17,10 @@ impl ::save_restore::SavedStateRoot for crate::processor::vp::VpSetState {}
 pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::balloon::BalloonState>(),
     crate::registry::Root::of::<crate::devices::console::ConsoleState>(),
+    crate::registry::Root::of::<crate::devices::generic_event::GenericEventState>(),
     crate::registry::Root::of::<crate::devices::i8042::I8042State>(),
     crate::registry::Root::of::<crate::devices::ioapic::IoApicState>(),
+    crate::registry::Root::of::<crate::devices::mem::MemState>(),
     crate::registry::Root::of::<crate::devices::rtc::RtcState>(),
     crate::registry::Root::of::<crate::devices::serial::SerialPortState>(),
     crate::registry::Root::of::<crate::devices::virtio::VirtioState>(),
