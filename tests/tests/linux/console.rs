@@ -49,7 +49,8 @@ pub fn a_named_port_carries_bytes_both_ways(lab: &Lab) -> anyhow::Result<()> {
     ensure!(out.contains(&format!("{UP} /dev/vport0p2")), "the second of the further ports: {out}");
     let names = guest.ask("cat /sys/class/virtio-ports/*/name", LIMIT)?;
     ensure!(names.contains("log\nagent\n"), "the ports are {names:?}");
-    let answer = guest.ask("head -c 300000 /dev/zero | tr '\\0' x", LIMIT)?;
-    ensure!(answer.len() >= 300_000 && answer.starts_with("xxx"), "{} bytes came", answer.len());
+    // Fewer than are kept of a port's output, should its reader be slow.
+    let answer = guest.ask("head -c 40000 /dev/zero | tr '\\0' x; echo", LIMIT)?;
+    ensure!(answer.trim_end() == "x".repeat(40_000), "{} other bytes came", answer.len());
     assert_is_clean(&power_off(&guest)?, 0)
 }
