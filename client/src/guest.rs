@@ -20,7 +20,9 @@ use tokio::sync::mpsc;
 /// the `Lifecycle` keeps open.
 pub(crate) type Kept = Option<Rc<Channel>>;
 
-const NO_OUTPUT: Option<Callback<fn(&[u8], u64)>> = None;
+type Ignored = fn(&[u8], u64);
+
+const NO_OUTPUT: Option<Callback<Ignored>> = None;
 
 /// A guest's user: its devices. Nothing here starts, stops or pauses it, and dropping it changes nothing.
 #[derive(Clone)]

@@ -21,7 +21,9 @@ pub fn a_shell_on_hvc0_knows_its_size(lab: &Lab) -> anyhow::Result<()> {
     guest.saw(UP, 1, LIMIT)?;
     ensure!(!guest.here("cat out")?.contains(BOOTED), "the serial line is somewhere else");
     for (columns, rows) in [(132, 43), (80, 25)] {
-        let set = format!("guestctl --socket {base}.sock update hvc console/device/size {columns}x{rows}");
+        let set = format!(
+            "guestctl --socket {base}.sock update hvc units/console/unit/device/size {columns}x{rows}"
+        );
         ensure!(guest.here(&set)?.trim() == format!("{columns}x{rows}"), "the size was not taken");
         // The driver takes its time to look.
         let look = format!(
