@@ -75,6 +75,7 @@ impl<O: SerialOutput> output_sink::Server for Sink<O> {
 }
 
 /// A port of a guest's.
+#[derive(Clone, Copy)]
 pub(crate) enum Port<'a> {
     /// The serial port.
     Serial,

@@ -13,7 +13,7 @@ pub fn a_shell_on_hvc0_knows_its_size(lab: &Lab) -> anyhow::Result<()> {
     let base = "/tmp/guestd-console";
     let log = serve(lab, base)?;
     let shell = format!(
-        "GUEST_RUN=\\\"until [ -c /dev/hvc0 ]; do sleep 0.1; done; exec >/dev/hvc0 2>&1; stty -echo </dev/hvc0; \
+        "GUEST_RUN=\\\"until [ -c /dev/hvc0 ]; do sleep 0.1; done; exec </dev/hvc0 >/dev/hvc0 2>&1; stty -echo; \
          echo {UP}; sh /dev/hvc0\\\""
     );
     let arguments = format!("--memory 256M --console --attach console --socket {base}.sock");
