@@ -24,6 +24,7 @@ struct GuestConfig {
   net @6 :List(NetConfig);
   # At most 32.
   console @7 :Bool;
+  # The virtio console: a terminal, and the further ports of `consoleConfig`.
   rng @8 :Bool;
   vsock @9 :VsockConfig;
   balloon @10 :Bool;
@@ -58,6 +59,17 @@ struct GuestConfig {
   debugExit @22 :Bool;
   # A port for test guests, 0xf4 to 0xf7 (QEMU's isa-debug-exit): what the guest writes there, in one, two or four bytes, ends it
   # cleanly and is in `Exit.debugExit`.
+
+  consoleConfig @23 :ConsoleConfig;
+  # badConfig without `console`. Absent, the console has no further ports.
+}
+
+struct ConsoleConfig {
+  # What a console has beside its terminal.
+
+  ports @0 :List(Text);
+  # Further ports by their names, at most 15, over which programs talk: Guest.getConsolePort here, /dev/virtio-ports/NAME on Linux.
+  # A name has 1 to 64 of the characters A-Z, a-z, 0-9, '.', '_', ':' and '-', begins with a letter or a digit, and is no other port's.
 }
 
 struct CpuidMask {

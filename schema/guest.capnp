@@ -36,7 +36,7 @@ interface Guest {
   # The serial port ttyS0. Every reader sees all output; the last 64 KiB are replayed to a late one; a slow one loses the oldest
   # bytes and never stalls the guest. `output` may be null.
   getConsole @1 (output :Common.OutputSink) -> (input :Common.ByteStream, error :Common.Failure);
-  # The virtio console. deviceNotPresent without one.
+  # The terminal of the virtio console, hvc0 on Linux. As getSerial; deviceNotPresent without one.
   getHostVsockEndpoint @2 () -> (endpoint :HostVsockEndpoint, error :Common.Failure);
   getBalloonController @3 () -> (controller :BalloonController, error :Common.Failure);
   # deviceNotPresent without one, like getMemController.
@@ -44,6 +44,12 @@ interface Guest {
   observer @5 () -> (observer :Observer, error :Common.Failure);
   whenTerminated @6 () -> (exit :Exit);
   # Answers when the guest has ended, with how. Answered before the capability breaks.
+  getConsolePort @7 (name :Text, output :Common.OutputSink) -> (input :Common.ByteStream, error :Common.Failure);
+  # A further port of the virtio console, by its name. As getSerial; input waits for as long as the guest does not have the port
+  # open. deviceNotPresent without such a port.
+  resizeConsole @8 (columns :UInt16, rows :UInt16) -> (result :Common.Result);
+  # The terminal of the virtio console has this size now, in characters; 0 by 0 if it is not known, as at the beginning. The guest
+  # is told, also if its driver comes only later. deviceNotPresent without a console, notRunning once the guest has ended.
 }
 
 struct Exit {

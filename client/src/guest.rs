@@ -8,7 +8,7 @@ use crate::dump::CoreDump;
 use crate::error::ClientError;
 use crate::events::{Events, Sink};
 use crate::mem::Mem;
-use crate::serial::{ByteStream, Callback, SerialOutput};
+use crate::serial::{ByteStream, Callback, Port, SerialOutput};
 use crate::vsock::VsockEndpoint;
 use futures::FutureExt;
 use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
@@ -20,6 +20,10 @@ use tokio::sync::mpsc;
 /// The connection that a capability came over, kept open for it; none for what comes over a guest's own channel, which only
 /// the `Lifecycle` keeps open.
 pub(crate) type Kept = Option<Rc<Channel>>;
+
+type Ignored = fn(&[u8], u64);
+
+const NO_OUTPUT: Option<Callback<Ignored>> = None;
 
 /// A guest's user: its devices. Nothing here starts, stops or pauses it, and dropping it changes nothing.
 #[derive(Clone)]
@@ -41,12 +45,43 @@ impl Guest {
 
     /// Opens the serial port ttyS0: all its output, from the last 64 KiB before now, goes to `output`. Other readers see it too.
     pub fn serial(&self, output: impl SerialOutput) -> ByteStream {
-        ByteStream::serial(&self.client, Some(output))
+        ByteStream::open(&self.client, Port::Serial, Some(output))
     }
 
     /// Opens the serial port ttyS0 for its input only.
     pub fn serial_input(&self) -> ByteStream {
-        ByteStream::serial(&self.client, None::<Callback<fn(&[u8], u64)>>)
+        ByteStream::open(&self.client, Port::Serial, NO_OUTPUT)
+    }
+
+    /// Opens the terminal of its console, hvc0, as [`serial`](Self::serial) does the serial port. `deviceNotPresent` without one.
+    pub fn console(&self, output: impl SerialOutput) -> ByteStream {
+        ByteStream::open(&self.client, Port::Console, Some(output))
+    }
+
+    /// Opens the terminal of its console for its input only.
+    pub fn console_input(&self) -> ByteStream {
+        ByteStream::open(&self.client, Port::Console, NO_OUTPUT)
+    }
+
+    /// Opens a further port of its console by its name. Input waits for as long as the guest does not have the port open.
+    /// `deviceNotPresent` without such a port.
+    pub fn console_port(&self, name: &str, output: impl SerialOutput) -> ByteStream {
+        ByteStream::open(&self.client, Port::Named(name), Some(output))
+    }
+
+    /// Opens a further port of its console for its input only.
+    pub fn console_port_input(&self, name: &str) -> ByteStream {
+        ByteStream::open(&self.client, Port::Named(name), NO_OUTPUT)
+    }
+
+    /// Tells the guest that the terminal of its console has this size now, in characters. `deviceNotPresent` without a console,
+    /// `notRunning` once the guest has ended.
+    pub fn resize_console(&self, columns: u16, rows: u16) -> Call<()> {
+        let mut request = self.client.resize_console_request();
+        let mut params = request.get();
+        params.set_columns(columns);
+        params.set_rows(rows);
+        Call::send(request, self.client.clone(), |results| Failure::read_result(results.get_result()?))
     }
 
     /// The host's end of its vsock device.

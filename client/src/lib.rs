@@ -68,12 +68,12 @@ pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
 pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use guest_schema::{
-    AddressSpace, BlockConfig, BlockMode, Breakpoint, BreakpointAccess, CpuidMask, DebugHalt, DebuggedVps,
-    DeviceError, DevicesConfig, Event, EventKind, Exit, Failure, FileSource, GuestConfig, GuestError,
-    GuestState, HaltReason, LossPolicy, MacAddress, MemDeviceConfig, MemoryConfig, NetBackend, NetConfig,
-    OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering, SavedStateKind, SegmentRegister,
-    StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity,
-    VpRegisters, VpState, VsockConfig,
+    AddressSpace, BlockConfig, BlockMode, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt,
+    DebuggedVps, DeviceError, DevicesConfig, Event, EventKind, Exit, Failure, FileSource, GuestConfig,
+    GuestError, GuestState, HaltReason, LossPolicy, MacAddress, MemDeviceConfig, MemoryConfig, NetBackend,
+    NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering, SavedStateKind,
+    SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep,
+    VpAffinity, VpRegisters, VpState, VsockConfig,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

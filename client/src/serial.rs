@@ -1,4 +1,4 @@
-//! The guest's serial port: bytes from it ([`SerialOutput`]) and towards it ([`ByteStream`]).
+//! The guest's ports, the serial one and those of the console: bytes from them ([`SerialOutput`]) and towards them ([`ByteStream`]).
 
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::error::ClientError;
@@ -74,28 +74,54 @@ impl<O: SerialOutput> output_sink::Server for Sink<O> {
     }
 }
 
-/// Bytes towards the guest. Dropping it is not the end of the stream for the guest, whose serial port has none.
+/// A port of a guest's.
+#[derive(Clone, Copy)]
+pub(crate) enum Port<'a> {
+    /// The serial port.
+    Serial,
+    /// The console's terminal.
+    Console,
+    /// A further port of the console.
+    Named(&'a str),
+}
+
+/// Sends a request for a port. There are three, with types of their own.
+macro_rules! open_port {
+    ($request:expr, $guest:ident, $output:ident) => {{
+        let mut request = $request;
+        if let Some(output) = $output {
+            request.get().set_output(capnp_rpc::new_client(Sink(output)));
+        }
+        let sent = request.send();
+        // The guest may be a promise, which must outlive what was asked of it.
+        let opened = Call::answer(sent.promise, $guest.clone(), |results| {
+            failure_beside(results.has_error(), results.get_error())
+        });
+        Self { client: sent.pipeline.get_input(), opened: futures::FutureExt::shared(opened) }
+    }};
+}
+
+/// Bytes towards the guest. Dropping it is not the end of the stream for the guest, whose ports have none.
 pub struct ByteStream {
     client: byte_stream::Client,
     opened: SharedCall<()>,
 }
 
 impl ByteStream {
-    /// Asks for the guest's serial port, with all its output going to `output`, if there is one.
-    pub(crate) fn serial<O: SerialOutput>(guest: &guest::Client, output: Option<O>) -> Self {
-        let mut request = guest.get_serial_request();
-        if let Some(output) = output {
-            request.get().set_output(capnp_rpc::new_client(Sink(output)));
+    /// Asks for a port of the guest's, with all its output going to `output`, if there is one.
+    pub(crate) fn open<O: SerialOutput>(guest: &guest::Client, port: Port<'_>, output: Option<O>) -> Self {
+        match port {
+            Port::Serial => open_port!(guest.get_serial_request(), guest, output),
+            Port::Console => open_port!(guest.get_console_request(), guest, output),
+            Port::Named(name) => {
+                let mut request = guest.get_console_port_request();
+                request.get().set_name(name);
+                open_port!(request, guest, output)
+            }
         }
-        let sent = request.send();
-        // The guest may be a promise, which must outlive what was asked of it.
-        let opened = Call::answer(sent.promise, guest.clone(), |results| {
-            failure_beside(results.has_error(), results.get_error())
-        });
-        Self { client: sent.pipeline.get_input(), opened: futures::FutureExt::shared(opened) }
     }
 
-    /// Whether the serial port was opened: the full reason if not, which `write` and `end` can only tell in one line.
+    /// Whether the port was opened: the full reason if not, which `write` and `end` can only tell in one line.
     pub async fn opened(&self) -> Result<(), ClientError> {
         self.opened.clone().await
     }

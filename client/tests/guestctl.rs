@@ -8,7 +8,7 @@ mod fake;
 use fake::{HostServer, Machine};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, tcgetattr};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -432,4 +432,18 @@ fn a_terminal_is_raw_for_the_guest_and_given_back() {
         kill(&terminal.child, signal);
         assert_eq!(terminal.ended(), Some(status));
     }
+}
+
+#[test]
+fn a_console_has_the_size_of_the_terminal() {
+    let service = Service::start();
+    let mut terminal = Terminal::start(&service.run(&["--console", "--attach", "console"]));
+    terminal.shows("0x0");
+    for (columns, rows) in [(132, 43), (80, 25)] {
+        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&terminal.master, size).expect("resized");
+        terminal.shows(&format!("{columns}x{rows}"));
+    }
+    terminal.types("poweroff");
+    assert_eq!(terminal.ended(), Some(0));
 }

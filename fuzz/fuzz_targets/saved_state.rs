@@ -10,6 +10,7 @@ use std::fmt::Debug;
 
 use guest_saved_state::devices::balloon::BalloonState;
 use guest_saved_state::devices::block::BlockState;
+use guest_saved_state::devices::console::ConsoleState;
 use guest_saved_state::devices::generic_event::GenericEventState;
 use guest_saved_state::devices::i8042::I8042State;
 use guest_saved_state::devices::ioapic::IoApicState;
@@ -38,10 +39,11 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 12] {
+fn roots() -> [Root; 15] {
     [
         Root::of::<BalloonState>(),
         Root::of::<BlockState>(),
+        Root::of::<ConsoleState>(),
         Root::of::<GenericEventState>(),
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),

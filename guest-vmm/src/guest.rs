@@ -2,8 +2,9 @@
 
 use crate::devices::HostEnds;
 use crate::events::EventLog;
+use crate::output::OutputLog;
 use crate::panics::PanicLog;
-use crate::serial::SerialLog;
+use crate::ports::{GuestOutputs, GuestPort, PortInput};
 use crate::settings::Settings;
 use crate::shown;
 use ::devices::SerialInput;
@@ -45,7 +46,7 @@ pub(crate) enum Milestone {
 
 /// A guest.
 pub(crate) struct Guest {
-    log: Arc<SerialLog>,
+    outputs: GuestOutputs,
     events: Rc<EventLog>,
     settings: Settings,
     panics: Arc<PanicLog>,
@@ -68,7 +69,7 @@ struct Live {
 /// What a machine tells of its guest, on its way to those who want to know.
 #[derive(Clone, Default)]
 pub(crate) struct Told {
-    pub serial: Arc<SerialLog>,
+    pub outputs: GuestOutputs,
     pub panics: Arc<PanicLog>,
 }
 
@@ -80,11 +81,11 @@ impl Guest {
         ends: HostEnds,
         settings: Settings,
     ) -> Self {
-        let Told { serial: log, panics } = told;
+        let Told { outputs, panics } = told;
         let events = Rc::new(EventLog::default());
         events.phase(Phase::Created);
         Self {
-            log,
+            outputs,
             events,
             settings,
             panics,
@@ -97,9 +98,9 @@ impl Guest {
         }
     }
 
-    /// Everything that the serial port has sent, as far as it is kept.
-    pub fn log(&self) -> &Arc<SerialLog> {
-        &self.log
+    /// Everything that a port has sent, as far as it is kept. None if there is no such port.
+    pub fn output(&self, port: &GuestPort) -> Option<&Arc<OutputLog>> {
+        self.outputs.get(port)
     }
 
     /// What became of it.
@@ -112,9 +113,15 @@ impl Guest {
         self.settings.on_reset()
     }
 
-    /// The serial port's input, while there is one.
-    pub fn input(&self) -> Option<SerialInput> {
-        self.live.borrow().as_ref().map(|live| live.input.clone())
+    /// A port's input, while there is one.
+    pub fn input(&self, port: &GuestPort) -> Option<PortInput> {
+        let live = self.live.borrow();
+        let Live { input, ends, .. } = live.as_ref()?;
+        match port {
+            GuestPort::Serial => Some(PortInput::Serial(input.clone())),
+            GuestPort::Console => Some(PortInput::Console(ends.console.as_ref()?.input())),
+            GuestPort::Named(name) => Some(PortInput::Console(ends.console.as_ref()?.port_input(name)?)),
+        }
     }
 
     /// The host's end of one of its devices, or the failure of what needs it. `device` is how that calls it.
@@ -190,7 +197,7 @@ impl Guest {
     /// The VM is gone.
     pub fn end(&self, exit: Exit) {
         self.live.replace(None);
-        self.log.close();
+        self.outputs.close();
         self.ran.set(self.started.take().map(|started| started.elapsed()).unwrap_or_default());
         self.phase.set(Phase::Terminated);
         self.told_of_panics();

@@ -1,6 +1,6 @@
 //! What guests run on: KVM, or scripts for tests without a hypervisor.
 
-use devices::SerialOutput;
+use devices::ByteSink;
 use kvm::KvmHypervisor;
 use machine::{Halt, InjectedFault, Machine, MachineConfig, MachineError};
 use processor::scripted::{ScriptedHypervisor, ScriptedOptions};
@@ -111,7 +111,7 @@ impl Host {
     pub async fn build(
         &self,
         config: MachineConfig,
-        output: Arc<dyn SerialOutput>,
+        output: Arc<dyn ByteSink>,
         halts: mpsc::UnboundedSender<Halt>,
         cancelled: impl Fn() -> bool + Send + 'static,
     ) -> Result<Machine, MachineError> {

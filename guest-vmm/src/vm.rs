@@ -7,6 +7,7 @@ use crate::files;
 use crate::guest::{Guest, Told};
 use crate::log::LogFilter;
 use crate::platform::Host;
+use crate::ports::GuestPort;
 use crate::settings::Settings;
 use ::devices::virtio::VirtioSpec;
 use guest_schema::{DeviceError, Failure, GuestError, UnitConfig, chain};
@@ -71,16 +72,17 @@ impl Vm {
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
         let backends = std::mem::take(&mut requested.backends);
-        let RequestedDevices { specs, ends, hotplug, errors, .. } =
+        let RequestedDevices { specs, ends, hotplug, errors, outputs, .. } =
             devices::requested(&requested.config, backends)?;
-        let told = Told::default();
+        let mut told = Told { outputs, ..Told::default() };
+        let serial = told.outputs.add(GuestPort::Serial);
         let config = tokio::select! {
             config = machine_config(requested, specs, &told) => MachineConfig { hotplug, ..config? },
             () = cancel.cancelled() => return Err(cancelled()),
         };
         let (sender, halts) = mpsc::unbounded_channel();
         let flag = cancel.clone();
-        let built = host.build(config, told.serial.clone(), sender, move || flag.is_cancelled()).await;
+        let built = host.build(config, serial, sender, move || flag.is_cancelled()).await;
         let machine = built.map_err(|error| build_failure(&error))?;
         let client_units = match ClientUnits::join(&machine, units) {
             Ok(joined) => joined,

@@ -385,7 +385,7 @@ pub(crate) fn write_file(source: Option<&FileSource>, mut builder: file_source::
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::MemDeviceConfig;
+    use crate::{ConsoleConfig, MemDeviceConfig};
 
     fn message(fill: impl FnOnce(wire::guest_config::Builder<'_>)) -> ReadConfig {
         let mut message = capnp::message::Builder::new_default();
@@ -411,6 +411,7 @@ mod tests {
                 block: Vec::new(),
                 rng: true,
                 balloon: true,
+                console: Some(ConsoleConfig { ports: vec!["agent".into(), "log".into()] }),
                 mem: Some(MemDeviceConfig::of_region(1 << 30)),
                 net: Vec::new(),
                 vsock: None,

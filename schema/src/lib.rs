@@ -27,7 +27,7 @@ pub use debug::{
     AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,
     TableRegister, VpRegisters,
 };
-pub use devices::DevicesConfig;
+pub use devices::{ConsoleConfig, DevicesConfig};
 pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use mem::MemDeviceConfig;

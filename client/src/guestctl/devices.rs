@@ -6,9 +6,10 @@ mod tap;
 
 use crate::disk::{self, Disk, OpenDisk};
 use crate::ending::Outcome;
+use crate::pairs::Pairs;
 use crate::run::VsockOption;
 use clap::Args;
-use guest_client::{DevicesConfig, Lifecycle, MemDeviceConfig};
+use guest_client::{ConsoleConfig, DevicesConfig, Lifecycle, MemDeviceConfig};
 use net::{NetOption, OpenNet};
 
 /// What `--net` takes, with examples.
@@ -23,7 +24,7 @@ pub const NET: &str = "\
 Examples:
   guestctl run --kernel vmlinuz --initrd initrd.gz --net passt
   guestctl run --kernel vmlinuz --initrd initrd.gz --net tap=tap0,mac=02:00:00:00:00:01,queues=2 --cpus 2
-  guestctl update web units/net0/device/link false      (pulls the cable)";
+  guestctl update web units/net0/unit/device/link false      (pulls the cable)";
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
@@ -40,11 +41,21 @@ pub struct DeviceOptions {
     #[arg(long, value_name = "path=SOCKET", num_args = 0..=1, default_missing_value = "")]
     pub vsock: Option<VsockOption>,
     /// Give the guest a memory balloon (virtio-balloon), which gives free pages back to the host by itself, and others when asked:
-    /// guestctl update ID balloon/device/requested_pages 25600
+    /// guestctl update ID units/balloon/unit/device/requested_pages 25600
     #[arg(long)]
     pub balloon: bool,
+    /// Give the guest a console (virtio-console): hvc0 on Linux; with ports=agent+log, also ports of these names for programs:
+    /// /dev/virtio-ports/agent
+    #[arg(
+        long,
+        value_name = "ports=NAME+NAME",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = console
+    )]
+    pub console: Option<ConsoleConfig>,
     /// Give the guest a region for memory that is plugged while it runs (virtio-mem), for instance --mem region=4G,size=1G, and later
-    /// guestctl update ID mem/device/requested_bytes 2147483648. Blocks are of 2M (block=), the region begins at a multiple of 128M
+    /// guestctl update ID units/mem/unit/device/requested_bytes 2147483648. Blocks are of 2M (block=), the region begins at a multiple of 128M
     /// (align=), size= is plugged from the beginning
     #[arg(long, value_name = "region=SIZE[,KEY=VALUE]...", value_parser = mem::parse)]
     pub mem: Option<MemDeviceConfig>,
@@ -59,7 +70,14 @@ impl DeviceOptions {
     pub fn open(&self) -> Outcome<OpenDevices> {
         let disks = self.disk.iter().map(Disk::open).collect::<Outcome<_>>()?;
         let net = self.net.iter().map(NetOption::open).collect::<Outcome<_>>()?;
-        Ok(OpenDevices { disks, net, rng: self.rng, balloon: self.balloon, mem: self.mem })
+        Ok(OpenDevices {
+            disks,
+            net,
+            rng: self.rng,
+            balloon: self.balloon,
+            console: self.console.clone(),
+            mem: self.mem,
+        })
     }
 }
 
@@ -69,15 +87,22 @@ pub struct OpenDevices {
     net: Vec<OpenNet>,
     rng: bool,
     balloon: bool,
+    console: Option<ConsoleConfig>,
     mem: Option<MemDeviceConfig>,
 }
 
 impl OpenDevices {
     /// The devices of a guest of this lifecycle. A vsock device comes with its sockets.
     pub fn config(self, lifecycle: &Lifecycle) -> Outcome<DevicesConfig> {
-        let Self { disks, net, rng, balloon, mem } = self;
+        let Self { disks, net, rng, balloon, console, mem } = self;
         let block = disks.into_iter().map(|disk| disk.config(lifecycle)).collect();
         let net = net.into_iter().map(|net| net.config(lifecycle)).collect::<Outcome<_>>()?;
-        Ok(DevicesConfig { block, net, rng, balloon, mem, vsock: None })
+        Ok(DevicesConfig { block, net, rng, balloon, console, mem, vsock: None })
     }
+}
+
+/// Reads `ports=NAME+NAME`, or nothing. What a name may be is the VMM's to say.
+fn console(text: &str) -> Result<ConsoleConfig, String> {
+    let ports = Pairs::read(text, &["ports"])?.text("ports").map(|names| names.split('+').map(str::to_owned));
+    Ok(ConsoleConfig { ports: ports.into_iter().flatten().collect() })
 }

@@ -273,7 +273,7 @@ Example:
   gdb vmlinux -ex 'target remote localhost:1234'";
 
 const RUN: &str = "\
-The guest's serial output goes to the standard output, unchanged. A terminal's keys all go to the guest, Ctrl-C too, but for \
+The guest's serial output, or that of its console, goes to the standard output, unchanged. A terminal's keys all go to the guest, Ctrl-C too, but for \
 Ctrl-]: Ctrl-] q stops the guest and leaves, Ctrl-] Ctrl-] sends one Ctrl-]. Input that is no terminal is sent until its end; \
 the guest then goes on. The command ends when the guest has ended and all its output was written.
 
@@ -300,6 +300,7 @@ Examples:
   guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline 'console=ttyS0 panic=-1'
   guestctl run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --disk path=root.img,id=root
   guestctl run --disk path=data.img,bps=100M,iops=5000 --disk path=tools.img,readonly=on
+  guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline console=hvc0 --console ports=agent --attach console
   guestctl run --kernel vmlinuz --initrd initrd.gz --vsock path=web.sock
 
 --vsock path=web.sock: write `CONNECT 80` and a newline to web.sock, and it is connected to the guest's port 80 once it has answered \
@@ -343,6 +344,10 @@ pub struct Run {
     /// What a reset by the guest itself does
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = ResetOption::Restart)]
     pub on_reset: ResetOption,
+    /// What of the guest is here: serial, its serial line; console, whose size then follows the terminal's; or port=NAME of the
+    /// console
+    #[arg(long, value_name = "WHAT", default_value = "serial", value_parser = Attachment::parse)]
+    pub attach: Attachment,
     /// Send the guest no input
     #[arg(long)]
     pub no_stdin: bool,
@@ -369,6 +374,42 @@ pub struct Run {
     pub proxied: bool,
     #[command(flatten)]
     pub devices: DeviceOptions,
+}
+
+/// What of a guest's is here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attachment {
+    /// The serial line, ttyS0 on Linux.
+    Serial,
+    /// The terminal of its console, hvc0 on Linux.
+    Console,
+    /// A further port of its console.
+    Port(String),
+}
+
+impl Attachment {
+    fn parse(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("port=")) {
+            ("serial", _) => Ok(Self::Serial),
+            ("console", _) => Ok(Self::Console),
+            (_, Some(name)) => Ok(Self::Port(name.to_owned())),
+            _ => Err("it is none of serial, console and port=NAME".to_owned()),
+        }
+    }
+}
+
+impl Run {
+    /// What the attachment needs and the guest is not given.
+    pub fn missing(&self) -> Option<String> {
+        match (&self.attach, &self.devices.console) {
+            (Attachment::Console, None) => Some("--attach console needs --console".to_owned()),
+            (Attachment::Port(name), console) => {
+                let has = console.as_ref().is_some_and(|console| console.ports.contains(name));
+                (!has).then(|| format!("--attach port={name} needs --console ports={name}"))
+            }
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -464,6 +505,27 @@ mod tests {
     }
 
     #[test]
+    fn run_takes_a_console() {
+        let ports =
+            |arguments: &[&str]| run(arguments).expect("valid").devices.console.map(|console| console.ports);
+        assert_eq!(ports(&[]), None);
+        assert_eq!(ports(&["--console", "--rng"]), Some(vec![]));
+        assert_eq!(ports(&["--console", "ports=a+b.c"]), Some(vec!["a".into(), "b.c".into()]));
+        let missing = |arguments: &[&str]| run(arguments).expect("valid").missing();
+        assert_eq!(missing(&["--console", "--attach", "console"]), None);
+        assert_eq!(missing(&["--console", "ports=a+b", "--attach=port=b"]), None);
+        assert_eq!(
+            missing(&["--attach", "console"]).expect("no console"),
+            "--attach console needs --console"
+        );
+        assert!(
+            missing(&["--console", "ports=ab", "--attach", "port=a"]).expect("no port").contains("ports=a")
+        );
+        let text = run(&["--console", "agent"]).expect_err("no names").to_string();
+        assert!(text.contains("agent") && text.contains("ports"), "{text}");
+    }
+
+    #[test]
     fn update_takes_any_value() {
         for value in ["30s", "-1", "--", ""] {
             let words = ["guestctl", "update", "web", "deadline"].into_iter().chain([value]);
@@ -487,6 +549,7 @@ mod tests {
             ["--on-reset", "explode"],
             ["--cpu-affinity", "1-0"],
             ["--cpuid-mask", "7"],
+            ["--attach", "ports"],
         ] {
             let text = run(&arguments).expect_err("refused").to_string();
             assert!(text.contains(arguments[0]) && text.contains(arguments[1]), "{text}");

@@ -213,15 +213,10 @@ impl guest_lifecycle::Server for Lifecycle {
 
 struct Guest(Machine);
 
-impl guest::Server for Guest {
-    async fn get_serial(
-        self: Rc<Self>,
-        params: guest::GetSerialParams,
-        mut results: guest::GetSerialResults,
-    ) -> capnp::Result<()> {
-        self.0.saw("getSerial");
-        if params.get()?.has_output() {
-            let output = params.get()?.get_output()?;
+impl Guest {
+    /// A port that prints what the guest was created of, and then what it is sent.
+    fn open(&self, output: Option<output_sink::Client>) -> byte_stream::Client {
+        if let Some(output) = output {
             let text = self.0.0.created.borrow().clone().expect("a bound guest was created");
             self.0.0.outputs.borrow_mut().push(output.clone());
             spawn_local(async move {
@@ -232,7 +227,47 @@ impl guest::Server for Guest {
                 }
             });
         }
-        results.get().set_input(capnp_rpc::new_client(Input(self.0.clone())));
+        capnp_rpc::new_client(Input(self.0.clone()))
+    }
+}
+
+impl guest::Server for Guest {
+    async fn get_serial(
+        self: Rc<Self>,
+        params: guest::GetSerialParams,
+        mut results: guest::GetSerialResults,
+    ) -> capnp::Result<()> {
+        self.0.saw("getSerial");
+        let params = params.get()?;
+        results.get().set_input(self.open(params.has_output().then(|| params.get_output()).transpose()?));
+        Ok(())
+    }
+
+    async fn get_console(
+        self: Rc<Self>,
+        params: guest::GetConsoleParams,
+        mut results: guest::GetConsoleResults,
+    ) -> capnp::Result<()> {
+        self.0.saw("getConsole");
+        let params = params.get()?;
+        results.get().set_input(self.open(params.has_output().then(|| params.get_output()).transpose()?));
+        Ok(())
+    }
+
+    /// Prints the size.
+    async fn resize_console(
+        self: Rc<Self>,
+        params: guest::ResizeConsoleParams,
+        mut results: guest::ResizeConsoleResults,
+    ) -> capnp::Result<()> {
+        self.0.saw("resizeConsole");
+        let params = params.get()?;
+        let size = format!("{}x{}\n", params.get_columns(), params.get_rows());
+        let outputs = self.0.0.outputs.borrow().clone();
+        for output in outputs {
+            print(&output, size.as_bytes()).await?;
+        }
+        Failure::write_result(&Ok(()), results.get().init_result());
         Ok(())
     }
 

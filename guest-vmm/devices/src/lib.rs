@@ -3,7 +3,7 @@
 //!
 //! A device implements [`IoDevice`], or [`ByteRegisters`] if all of its registers are one byte wide. It is told offsets, never
 //! addresses, and owns nothing but its registers: interrupts leave through an [`IrqLine`] into the [`IoApic`], whose messages
-//! leave through [`IoApicRouting`]; bytes leave through a [`SerialOutput`].
+//! leave through [`IoApicRouting`]; bytes leave through a [`ByteSink`].
 //!
 //! A device shows itself in the inspection tree. What its registers hold is the guest's own and marked as sensitive. They are
 //! shown as a guest would read them next, and never read on the guest's way: looking at a device changes nothing.
@@ -15,6 +15,7 @@
 
 mod absent;
 mod acpi_power;
+mod byte_sink;
 mod debug_exit;
 mod device;
 mod generation_id;
@@ -35,6 +36,7 @@ pub mod virtio;
 
 pub use absent::Absent;
 pub use acpi_power::AcpiPower;
+pub use byte_sink::ByteSink;
 pub use debug_exit::DebugExit;
 pub use device::{ByteRegisters, Device, IoDevice, Stopping};
 pub use generation_id::{GenerationId, GenerationIdHost};
@@ -43,4 +45,4 @@ pub use i8042::I8042;
 pub use ioapic::{IoApic, IoApicRouting, IrqLine, PIN_COUNT};
 pub use pvpanic::{GuestPanic, PanicSink, Pvpanic};
 pub use rtc::{HostClock, Rtc, SystemClock};
-pub use serial::{INPUT_CAPACITY, SerialInput, SerialOutput, SerialPort};
+pub use serial::{INPUT_CAPACITY, SerialInput, SerialPort};

@@ -1,6 +1,6 @@
 //! The serial port: a 16550A (National Semiconductor PC16550D datasheet) over `vm-superio`'s model of one.
 //!
-//! What the guest sends goes to a [`SerialOutput`] at once. What the host sends goes through [`SerialInput`] into a queue of
+//! What the guest sends goes to a [`ByteSink`] at once. What the host sends goes through [`SerialInput`] into a queue of
 //! [`INPUT_CAPACITY`] bytes, from which the port refills its receive FIFO as the guest empties it; beyond the queue, the sender
 //! waits for room. So no byte is lost, which is also why the guest's command to clear the receive FIFO clears nothing.
 //!
@@ -16,7 +16,7 @@
 
 use crate::device::{Stopping, stopped};
 use crate::saved::{invalid, register};
-use crate::{ByteRegisters, Device, IrqLine};
+use crate::{ByteRegisters, ByteSink, Device, IrqLine};
 use guest_saved_state::devices::serial::SerialPortState;
 use inspect::{Inspect, Request};
 use processor::PowerRequest;
@@ -59,23 +59,9 @@ const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
 const MSR_CONNECTED: u8 = 0xb0;
 const MCR_LOOPBACK: u8 = 1 << 4;
 
-/// Where the guest's bytes go.
-///
-/// Called on VP threads with the port's lock held: must never block, and must not call back into the port.
-pub trait SerialOutput: Send + Sync {
-    /// Takes bytes, in the order in which the guest sent them.
-    fn write(&self, bytes: &[u8]);
-}
-
-impl<F: Fn(&[u8]) + Send + Sync> SerialOutput for F {
-    fn write(&self, bytes: &[u8]) {
-        self(bytes);
-    }
-}
-
 /// The output as `vm-superio` wants it.
 #[derive(Clone)]
-struct Sink(Arc<dyn SerialOutput>);
+struct Sink(Arc<dyn ByteSink>);
 
 impl io::Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -138,7 +124,7 @@ impl SerialPort {
     pub const PORTS: u16 = REGISTERS as u16;
 
     /// A port whose interrupt is an edge on the given line.
-    pub fn new(interrupt: IrqLine, output: Arc<dyn SerialOutput>) -> Self {
+    pub fn new(interrupt: IrqLine, output: Arc<dyn ByteSink>) -> Self {
         let (interrupt, output) = (Edge::new(interrupt), Sink(output));
         Self {
             uart: Serial::new(interrupt.clone(), output.clone()),

@@ -4,9 +4,9 @@ use crate::acpi::{self, DeviceNode};
 use crate::layout;
 use crate::memory::GuestMemory;
 use devices::{
-    AcpiPower, DebugExit, Device, GenerationId, GenerationIdHost, GenericEvent, GenericEventDevice,
-    GenericEventLine, I8042, IoApic, IoApicRouting, IrqLine, PanicSink, Pvpanic, Rtc, SerialOutput,
-    SerialPort, SystemClock,
+    AcpiPower, ByteSink, DebugExit, Device, GenerationId, GenerationIdHost, GenericEvent, GenericEventDevice,
+    GenericEventLine, I8042, IoApic, IoApicRouting, IrqLine, PanicSink, Pvpanic, Rtc, SerialPort,
+    SystemClock,
 };
 use processor::{MsiRequest, Partition};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -40,7 +40,7 @@ pub(crate) struct Placed {
 /// Who hears of what the devices tell.
 #[derive(Clone)]
 pub(crate) struct Listeners {
-    pub serial: Arc<dyn SerialOutput>,
+    pub serial: Arc<dyn ByteSink>,
     pub panics: Arc<dyn PanicSink>,
 }
 

@@ -11,7 +11,7 @@ use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, Partit
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::virtio::{IoThread, VirtioSpec};
-use devices::{Absent, GenericEventLine, GuestPanic, PanicSink, SerialInput, SerialOutput, SerialPort};
+use devices::{Absent, ByteSink, GenericEventLine, GuestPanic, PanicSink, SerialInput, SerialPort};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
 use processor::{
@@ -221,7 +221,7 @@ impl Machine {
     pub async fn build<H>(
         hypervisor: H,
         mut config: MachineConfig,
-        output: Arc<dyn SerialOutput>,
+        output: Arc<dyn ByteSink>,
         halts: mpsc::UnboundedSender<Halt>,
         cancelled: impl Fn() -> bool + Send + 'static,
     ) -> Result<Self, MachineError>
@@ -351,7 +351,7 @@ impl Machine {
 fn lay_foundation<H: Hypervisor>(
     hypervisor: &H,
     config: MachineConfig,
-    output: Arc<dyn SerialOutput>,
+    output: Arc<dyn ByteSink>,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Foundation<H::Binder>, MachineError> {
     let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
@@ -478,7 +478,7 @@ mod tests {
     impl Bench {
         async fn new(script: &Script) -> Self {
             let (send, output) = mpsc::unbounded_channel();
-            let sink: Arc<dyn SerialOutput> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
+            let sink: Arc<dyn ByteSink> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
             let foundation = lay_foundation(&ScriptedHypervisor::default(), config(script), sink, &|| false);
             let Foundation::<ScriptedBinder> { memory, loaded, partition, board, devices, bus, .. } =
                 foundation.unwrap();
@@ -600,7 +600,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_saved_says_why() {
-        let sink: Arc<dyn SerialOutput> = Arc::new(|_: &[u8]| ());
+        let sink: Arc<dyn ByteSink> = Arc::new(|_: &[u8]| ());
         let (halts, _) = mpsc::unbounded_channel();
         let hypervisor = ScriptedHypervisor::default();
         let machine =

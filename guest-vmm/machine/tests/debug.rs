@@ -1,7 +1,7 @@
 //! A debugger of a whole machine, on the scripted processor: what it stops, steps and sees, and what becomes of that when the
 //! machine is paused, reset or taken down, or the debugger goes away.
 
-use devices::SerialOutput;
+use devices::ByteSink;
 use inspect::{Inspect, Inspection, Node, View};
 use machine::debug::{DebugError, DebugHalt, DebugHaltReason, Debugger, MAX_ACCESS_BYTES, MemoryAccessError};
 use machine::{BootFiles, Halt, Machine, MachineConfig, VpActivity};
@@ -72,7 +72,7 @@ impl Bench {
         let boot = BootFiles { kernel, initrd: None, cmdline: String::new() };
         let config = MachineConfig::new(2, MEMORY_BYTES, boot);
         let (send, output) = mpsc::unbounded_channel();
-        let sink: Arc<dyn SerialOutput> =
+        let sink: Arc<dyn ByteSink> =
             Arc::new(move |bytes: &[u8]| bytes.iter().for_each(|byte| _ = send.send(*byte)));
         let (halted, halts) = mpsc::unbounded_channel();
         let hypervisor = ScriptedHypervisor { options: ScriptedOptions::default() };

@@ -1,7 +1,7 @@
 //! A whole machine in the inspection tree, on the scripted processor: running, in the middle of a transition, with parts that
 //! are stuck, and through the eyes of somebody who may not see the guest's own.
 
-use devices::SerialOutput;
+use devices::ByteSink;
 use inspect::{Inspect, Inspection, Node, Update, UpdateError, Value, View};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig, MachineView};
@@ -146,7 +146,7 @@ impl Bench {
         on_output: impl Fn(&[u8]) + Send + Sync + 'static,
     ) -> Self {
         let (send_output, output) = mpsc::unbounded_channel();
-        let serial: Arc<dyn SerialOutput> = Arc::new(move |bytes: &[u8]| {
+        let serial: Arc<dyn ByteSink> = Arc::new(move |bytes: &[u8]| {
             let _ = send_output.send(bytes.to_vec());
             on_output(bytes);
         });

@@ -2,13 +2,16 @@
 
 mod balloon;
 pub(crate) mod block;
+mod console;
 pub(crate) mod mem;
 mod net;
 mod rng;
 mod vsock;
 
+use crate::ports::GuestOutputs;
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
+use ::devices::virtio::console::ConsoleHandle;
 use ::devices::virtio::mem::MemHandle;
 use ::devices::virtio::vsock::VsockHost;
 use guest_schema::{ConfigFault, DeviceError, DevicesConfig, Failure, GuestConfig};
@@ -25,6 +28,8 @@ pub(crate) struct RequestedDevices {
     /// Their halves in the machine, in the order in which a guest finds them.
     pub specs: Vec<VirtioSpec>,
     pub ends: HostEnds,
+    /// What their ports send.
+    pub outputs: GuestOutputs,
     /// The region for memory that is plugged later.
     pub hotplug: Option<Range<u64>>,
     /// What the host has failed them in. Ends with them.
@@ -37,6 +42,7 @@ pub(crate) struct RequestedDevices {
 #[derive(Clone, Default)]
 pub(crate) struct HostEnds {
     pub balloon: Option<BalloonHandle>,
+    pub console: Option<ConsoleHandle>,
     pub mem: Option<MemHandle>,
     pub vsock: Option<VsockHost>,
 }
@@ -61,12 +67,14 @@ impl Backends {
 pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<RequestedDevices, Failure> {
     let (told, errors) = mpsc::channel(WAITING_ERRORS);
     let (specs, ends) = (Vec::new(), HostEnds::default());
-    let mut devices = RequestedDevices { specs, ends, hotplug: None, errors, told };
+    let mut devices =
+        RequestedDevices { specs, ends, hotplug: None, outputs: GuestOutputs::default(), errors, told };
     let Backends { images, net } = backends;
     block::add(&config.devices.block, images, &mut devices)?;
     net::add(net, &mut devices)?;
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
+    console::add(&config.devices, &mut devices);
     mem::add(config, &mut devices)?;
     vsock::add(&config.devices, &mut devices);
     Ok(devices)
@@ -75,5 +83,6 @@ pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<Requ
 /// What is wrong with the devices of a config; `host_bytes` is the host's memory.
 pub(crate) fn faults(config: &GuestConfig, host_bytes: u64) -> Vec<ConfigFault> {
     let block = block::faults(&config.devices.block);
-    [block, balloon::faults(config), mem::faults(config, host_bytes)].concat()
+    let console = console::faults(&config.devices);
+    [block, balloon::faults(config), console, mem::faults(config, host_bytes)].concat()
 }

@@ -3,10 +3,12 @@
 use super::balloon::Balloon;
 use super::mem::Mem;
 use super::observer::Observed;
-use super::streams::{SerialStream, pump};
+use super::streams::{PortStream, pump};
 use super::vsock::VsockEndpoint;
 use crate::guest::Guest;
-use guest_schema::common_capnp::byte_stream;
+use crate::ports::GuestPort;
+use devices::virtio::console::ConsoleSize;
+use guest_schema::common_capnp::{byte_stream, output_sink};
 use guest_schema::guest_capnp::{guest, observer};
 use guest_schema::{Failure, GuestError};
 use guest_transport::broken;
@@ -20,6 +22,33 @@ impl BoundGuest {
     pub fn new(guest: Rc<Guest>) -> Self {
         Self(guest)
     }
+
+    /// Opens a port: what it sends goes to `output`, if there is one. Each call is a reader and a sender of its own.
+    fn open(
+        &self,
+        port: GuestPort,
+        output: Option<output_sink::Client>,
+    ) -> Result<byte_stream::Client, Failure> {
+        let log = self.0.output(&port).ok_or_else(|| port.not_present())?;
+        if let Some(output) = output {
+            spawn_local(pump(log.clone(), output));
+        }
+        Ok(capnp_rpc::new_client(PortStream::new(self.0.clone(), port)))
+    }
+}
+
+/// Three methods have these results, with types of their own.
+macro_rules! answer_port {
+    ($self:ident, $port:expr, $output:ident, $results:ident) => {{
+        let mut results = $results.get();
+        match $self.open($port, $output) {
+            Ok(input) => results.set_input(input),
+            Err(failure) => {
+                results.set_input(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
+    }};
 }
 
 impl guest::Server for BoundGuest {
@@ -29,23 +58,43 @@ impl guest::Server for BoundGuest {
         mut results: guest::GetSerialResults,
     ) -> capnp::Result<()> {
         let params = params.get()?;
-        if params.has_output() {
-            spawn_local(pump(self.0.log().clone(), params.get_output()?));
-        }
-        let input: byte_stream::Client = capnp_rpc::new_client(SerialStream::new(self.0.clone()));
-        results.get().set_input(input);
+        let output = params.has_output().then(|| params.get_output()).transpose()?;
+        answer_port!(self, GuestPort::Serial, output, results);
         Ok(())
     }
 
     async fn get_console(
         self: Rc<Self>,
-        _: guest::GetConsoleParams,
+        params: guest::GetConsoleParams,
         mut results: guest::GetConsoleResults,
     ) -> capnp::Result<()> {
-        let failure = Failure::new(GuestError::DeviceNotPresent, "the guest has no console");
-        let mut results = results.get();
-        results.set_input(broken(&failure));
-        failure.write(results.init_error());
+        let params = params.get()?;
+        let output = params.has_output().then(|| params.get_output()).transpose()?;
+        answer_port!(self, GuestPort::Console, output, results);
+        Ok(())
+    }
+
+    async fn get_console_port(
+        self: Rc<Self>,
+        params: guest::GetConsolePortParams,
+        mut results: guest::GetConsolePortResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let output = params.has_output().then(|| params.get_output()).transpose()?;
+        answer_port!(self, GuestPort::Named(params.get_name()?.to_string()?), output, results);
+        Ok(())
+    }
+
+    async fn resize_console(
+        self: Rc<Self>,
+        params: guest::ResizeConsoleParams,
+        mut results: guest::ResizeConsoleResults,
+    ) -> capnp::Result<()> {
+        let params = params.get()?;
+        let size = ConsoleSize { columns: params.get_columns(), rows: params.get_rows() };
+        let console = self.0.end_of("console", |ends| ends.console.clone());
+        let resized = console.map(|console| console.resize(size));
+        Failure::write_result(&resized, results.get().init_result());
         Ok(())
     }
 

@@ -11,7 +11,9 @@ pub mod devices {
     #[rustfmt::skip]
     pub mod balloon; /// The block device.
     #[rustfmt::skip]
-    pub mod block; /// The Generic Event Device.
+    pub mod block; /// The console.
+    #[rustfmt::skip]
+    pub mod console; /// The Generic Event Device.
     #[rustfmt::skip]
     pub mod generic_event; /// The keyboard controller, and system control port B beside it.
     #[rustfmt::skip]

@@ -24,6 +24,7 @@ fn every_root_is_listed_by_its_name() {
     let expected = [
         "devices.balloon.BalloonState",
         "devices.block.BlockState",
+        "devices.console.ConsoleState",
         "devices.generic_event.GenericEventState",
         "devices.i8042.I8042State",
         "devices.ioapic.IoApicState",

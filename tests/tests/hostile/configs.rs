@@ -318,7 +318,7 @@ async fn what_is_not_supported_is_listed() -> Story {
         "source.boot.kernelType: zircon is not supported",
         "block[0].format.file: none was given",
         "net[0].backend.vhostUser: not supported",
-        "console: not supported",
+        "consoleConfig.ports[1]: \"a/b\" has other characters",
         "vsock.listeners[0].acceptor: none was given",
         "units[0].unit: none was given",
         "gpu: not supported",
@@ -370,6 +370,9 @@ fn everything(mut config: guest_config::Builder<'_>) {
     config.reborrow().init_mem().set_block_bytes(1 << 21);
     config.reborrow().init_units(1).get(0).set_id("unit");
     config.set_console(true);
+    let mut ports = config.reborrow().init_console_config().init_ports(2);
+    ports.set(0, "a");
+    ports.set(1, "a/b");
     config.set_balloon(true);
     config.set_gpu(true);
     config.set_sound(true);

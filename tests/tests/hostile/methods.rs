@@ -78,6 +78,10 @@ async fn of_the_guest(guest: &guest::Client) -> Story {
     let answer = guest.get_mem_controller_request().send().promise.await?;
     let failure = Failure::read(answer.get()?.get_error()?)?;
     expect("getMemController", failure.code, GuestError::DeviceNotPresent)?;
+    of_no_console(guest).await
+}
+
+async fn of_no_console(guest: &guest::Client) -> Story {
     let mut request = guest.get_console_request();
     request.get().set_output(sink(&Console::default()));
     let sent = request.send();
@@ -89,7 +93,15 @@ async fn of_the_guest(guest: &guest::Client) -> Story {
     expect("getConsole", failure.code, GuestError::DeviceNotPresent)?;
     // Stream calls fail at the end at the latest.
     let ended = sent.pipeline.get_input().end_request().send().promise.await;
-    expect("the console takes input", written.is_ok() && ended.is_ok(), false)
+    expect("the console takes input", written.is_ok() && ended.is_ok(), false)?;
+    let mut request = guest.get_console_port_request();
+    request.get().set_name("agent");
+    let answer = request.send().promise.await?;
+    let failure = Failure::read(answer.get()?.get_error()?)?;
+    expect("getConsolePort", failure.code, GuestError::DeviceNotPresent)?;
+    let answer = guest.resize_console_request().send().promise.await?;
+    let resized = Failure::read_result(answer.get()?.get_result()?)?;
+    expect("resizeConsole", resized.map_err(|failure| failure.code), Err(GuestError::DeviceNotPresent))
 }
 
 async fn of_no_balloon(guest: &guest::Client) -> Story {

@@ -1,9 +1,10 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`; what the board's small devices tell, in `board`.
+//! `client_units`, the virtio console in `consoles`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
+mod consoles;
 mod operator;
 
 use std::future::Future;
@@ -25,6 +26,7 @@ use libtest_mimic::Trial;
 
 use board::*;
 use client_units::*;
+use consoles::*;
 use operator::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -114,6 +116,9 @@ stories! {
     a_clients_unit_that_refuses_to_start_fails_the_run;
     faults_of_a_clients_units_are_listed;
     a_unit_joins_a_guest_at_any_time;
+    a_console_is_read_and_resized on scripts;
+    a_consoles_sender_waits_for_room on scripts;
+    a_console_without_a_config_of_its_own_has_no_ports on scripts;
 }
 
 fn main() -> ExitCode {

@@ -27,7 +27,8 @@ pub fn pages_go_back_to_the_host(lab: &Lab) -> anyhow::Result<()> {
 
     let wanted = (MEMORY_MIB - LINUX_MIB) * PAGES_PER_MIB;
     set_pages(&guest, base, wanted)?;
-    let actual = format!("guestctl --socket {base}.sock inspect balloon balloon/device/actual_pages");
+    let actual =
+        format!("guestctl --socket {base}.sock inspect balloon units/balloon/unit/device/actual_pages");
     guest.until(&format!("[ \"$({actual})\" = {wanted} ]"), "an inflated balloon", LIMIT)?;
     guest.until(&freed, "pages in the balloon that are the host's", LIMIT)?;
     let available = guest.ask("awk '/MemAvailable/ { print int($2 / 1024) }' /proc/meminfo", LIMIT)?;
@@ -53,7 +54,7 @@ fn resident(vmm: u64) -> String {
 }
 
 fn set_pages(guest: &LabGuest<'_>, base: &str, pages: u64) -> anyhow::Result<()> {
-    let node = "balloon/device/requested_pages";
+    let node = "units/balloon/unit/device/requested_pages";
     guest.here(&format!("guestctl --socket {base}.sock update balloon {node} {pages}"))?;
     Ok(())
 }

@@ -4,6 +4,7 @@
 mod balloon;
 mod block;
 mod board;
+mod console;
 mod mem;
 mod rng;
 mod vsock;
@@ -57,6 +58,8 @@ fn main() -> ExitCode {
         test("a_panic_of_linux_is_told", board::a_panic_of_linux_is_told),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
         test("linux_keeps_files_on_a_disk", block::linux_keeps_files_on_a_disk),
+        test("a_shell_on_hvc0_knows_its_size", console::a_shell_on_hvc0_knows_its_size),
+        test("a_named_port_carries_bytes_both_ways", console::a_named_port_carries_bytes_both_ways),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
         test("memory_is_plugged_and_unplugged", mem::memory_is_plugged_and_unplugged),
         test("linux_connects_and_is_connected_to", vsock::linux_connects_and_is_connected_to),

@@ -31,13 +31,15 @@ pub fn memory_is_plugged_and_unplugged(lab: &Lab) -> anyhow::Result<()> {
 }
 
 fn request(guest: &LabGuest<'_>, base: &str, bytes: u64) -> anyhow::Result<()> {
-    guest.here(&format!("guestctl --socket {base}.sock update mem mem/device/requested_bytes {bytes}"))?;
+    guest.here(&format!(
+        "guestctl --socket {base}.sock update mem units/mem/unit/device/requested_bytes {bytes}"
+    ))?;
     Ok(())
 }
 
 /// Waits until so much is plugged, as the device and Linux say.
 fn plugged(guest: &LabGuest<'_>, base: &str, bytes: u64) -> anyhow::Result<()> {
-    let device = format!("guestctl --socket {base}.sock inspect mem mem/device/plugged_bytes");
+    let device = format!("guestctl --socket {base}.sock inspect mem units/mem/unit/device/plugged_bytes");
     guest.until(&format!("[ \"$({device})\" = {bytes} ]"), &format!("{bytes} bytes plugged"), LIMIT)?;
     Ok(())
 }

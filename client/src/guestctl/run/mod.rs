@@ -10,9 +10,10 @@ mod output;
 mod report;
 mod terminal;
 mod vsock;
+mod window;
 
 use crate::ending::{Outcome, Trouble};
-use crate::options::{Options, Run};
+use crate::options::{Attachment, Options, Run};
 use crate::out::Out;
 use crate::service::{self, Launcher};
 use crate::signals::Signals;
@@ -24,6 +25,7 @@ use report::{Clock, Ended, Report, Timings};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use vsock::Bridge;
+use window::Window;
 
 pub use files::{builtin_guest, in_memory};
 pub use vsock::VsockOption;
@@ -36,6 +38,9 @@ const LEFT: i32 = 2;
 
 /// Boots a guest and stays until it has ended.
 pub async fn run(options: &Options, run: &Run, out: &Out) -> Outcome {
+    if let Some(missing) = run.missing() {
+        return Err(Trouble::Usage(missing));
+    }
     let files = Files::open(run)?;
     let bridge = run.devices.vsock.as_ref().map(Bridge::open).transpose()?;
     let mut signals = Signals::watch()?;
@@ -69,6 +74,7 @@ struct Life {
     output: Output,
     input: Input,
     _bridge: Option<Bridge>,
+    _window: Option<Window>,
 }
 
 impl Life {
@@ -92,7 +98,11 @@ impl Life {
         if let Some(bridge) = &mut bridge {
             bridge.serve(guest.vsock());
         }
-        let serial = guest.serial(output.sink());
+        let (stream, window) = match &run.attach {
+            Attachment::Serial => (guest.serial(output.sink()), None),
+            Attachment::Port(name) => (guest.console_port(name, output.sink()), None),
+            Attachment::Console => (guest.console(output.sink()), Window::follow(&guest)?),
+        };
         Ok(Self {
             clock,
             name: run.name.clone(),
@@ -102,7 +112,8 @@ impl Life {
             terminated: guest.terminated(),
             running: lifecycle.run(),
             output,
-            input: Input::start(serial, run.no_stdin)?,
+            input: Input::start(stream, run.no_stdin)?,
+            _window: window,
             lifecycle,
             _bridge: bridge,
         })

@@ -18,6 +18,7 @@
 pub mod balloon;
 pub mod block;
 mod chain;
+pub mod console;
 mod device;
 mod event;
 mod interrupt;

@@ -133,7 +133,7 @@ fn config(script: &Script) -> MachineConfig {
     MachineConfig::new(1, 4 << 20, BootFiles { kernel, initrd: None, cmdline: String::new() })
 }
 
-fn silence() -> Arc<dyn SerialOutput> {
+fn silence() -> Arc<dyn ByteSink> {
     Arc::new(|_: &[u8]| ())
 }
 

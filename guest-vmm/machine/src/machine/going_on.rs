@@ -43,7 +43,7 @@ impl Bench {
         let boot = BootFiles { kernel: file, initrd: None, cmdline: String::new() };
         let config = MachineConfig::new(vps, MEMORY, boot);
         let (send, output) = mpsc::unbounded_channel();
-        let sink: Arc<dyn SerialOutput> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
+        let sink: Arc<dyn ByteSink> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
         let (halts, _) = mpsc::unbounded_channel();
         let machine = Machine::build(hypervisor, config, sink, halts, || false).await.unwrap();
         Self { machine, output, written: Vec::new() }

@@ -2,6 +2,7 @@
 
 impl ::save_restore::SavedStateRoot for crate::devices::balloon::BalloonState {}
 impl ::save_restore::SavedStateRoot for crate::devices::block::BlockState {}
+impl ::save_restore::SavedStateRoot for crate::devices::console::ConsoleState {}
 impl ::save_restore::SavedStateRoot for crate::devices::generic_event::GenericEventState {}
 impl ::save_restore::SavedStateRoot for crate::devices::i8042::I8042State {}
 impl ::save_restore::SavedStateRoot for crate::devices::ioapic::IoApicState {}
@@ -19,6 +20,7 @@ impl ::save_restore::SavedStateRoot for crate::processor::vp::VpSetState {}
 pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::balloon::BalloonState>(),
     crate::registry::Root::of::<crate::devices::block::BlockState>(),
+    crate::registry::Root::of::<crate::devices::console::ConsoleState>(),
     crate::registry::Root::of::<crate::devices::generic_event::GenericEventState>(),
     crate::registry::Root::of::<crate::devices::i8042::I8042State>(),
     crate::registry::Root::of::<crate::devices::ioapic::IoApicState>(),

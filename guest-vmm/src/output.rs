@@ -1,6 +1,6 @@
-//! What the serial port has sent: kept for late readers, never in the guest's way.
+//! What a guest has sent through a port: kept for late readers, never in the guest's way.
 
-use devices::SerialOutput;
+use devices::ByteSink;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -8,9 +8,9 @@ use tokio::sync::Notify;
 /// How much is kept, in bytes.
 pub(crate) const KEPT: usize = 64 << 10;
 
-/// The last [`KEPT`] bytes that the port sent. Every reader has a position of its own.
+/// The last [`KEPT`] bytes that a port sent. Every reader has a position of its own.
 #[derive(Default)]
-pub(crate) struct SerialLog {
+pub(crate) struct OutputLog {
     ring: Mutex<Ring>,
     changed: Notify,
 }
@@ -31,7 +31,7 @@ pub(crate) struct Piece {
     pub lost: u64,
 }
 
-impl SerialLog {
+impl OutputLog {
     /// The guest sends nothing more.
     pub fn close(&self) {
         self.ring().closed = true;
@@ -81,7 +81,7 @@ impl Ring {
     }
 }
 
-impl SerialOutput for SerialLog {
+impl ByteSink for OutputLog {
     fn write(&self, bytes: &[u8]) {
         {
             let mut ring = self.ring();
@@ -99,13 +99,13 @@ mod tests {
     use super::*;
     use futures::FutureExt;
 
-    fn read(log: &SerialLog, position: &mut u64) -> Option<Option<Piece>> {
+    fn read(log: &OutputLog, position: &mut u64) -> Option<Option<Piece>> {
         log.next(position).now_or_never()
     }
 
     #[test]
     fn every_reader_sees_everything() {
-        let log = SerialLog::default();
+        let log = OutputLog::default();
         let (mut one, mut other) = (log.position(), log.position());
         log.write(b"READY");
         assert_eq!(read(&log, &mut one), Some(Some(Piece { bytes: b"READY".into(), lost: 0 })));
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_slow_reader_loses_the_oldest_bytes_and_learns_how_many() {
-        let log = SerialLog::default();
+        let log = OutputLog::default();
         let mut position = log.position();
         log.write(b"abc");
         log.write(&vec![b'x'; KEPT]);
@@ -131,7 +131,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiting_reader_is_woken() {
-        let log = std::sync::Arc::new(SerialLog::default());
+        let log = std::sync::Arc::new(OutputLog::default());
         let writer = log.clone();
         let mut position = 0;
         let (piece, ()) = tokio::join!(log.next(&mut position), async move {
