@@ -3,6 +3,10 @@
 use crate::guest::{CODE, Guest, IDT, MMIO, Mode, PATIENCE, rounds};
 use futures::executor::block_on;
 use processor::{DebugState, MpState, MsiRequest, Registers, VpHaltReason};
+use rustix::event::{EventfdFlags, eventfd};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress};
@@ -227,9 +231,59 @@ fn interrupts_arrive_and_the_end_of_levels_is_reported() {
     wait_until(&guest, "no end of the interrupt", || guest.bus.look(|state| state.ended == [0x40]));
     // Nobody has this local APIC: the interrupt is lost.
     guest.partition.signal_msi(MsiRequest { address: 0xfee0_7000, ..EDGE }).unwrap();
-    assert!(guest.partition.set_irq_route(24, Some(LEVEL)).is_err());
+    assert!(guest.partition.set_irq_route(96, Some(LEVEL)).is_err());
     guest.stop();
     guest.assert_no_halt();
+}
+
+fn event_fd() -> OwnedFd {
+    eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()
+}
+
+/// An irqfd sends what its pin's route says at the time, and nothing while there is none.
+#[test]
+fn an_irqfd_interrupts_by_its_route() {
+    let guest = interruptible_guest();
+    let trigger = event_fd();
+    let event_fds = guest.partition.event_fds().expect("KVM has eventfds");
+    event_fds.add_irqfd(40, trigger.as_fd()).unwrap();
+    assert!(event_fds.add_irqfd(96, trigger.as_fd()).is_err(), "there is no such pin");
+    let mut trigger = File::from(trigger);
+    guest.start();
+    guest.bus.expect(".");
+    trigger.write_all(&1u64.to_ne_bytes()).unwrap();
+    guest.partition.set_irq_route(40, Some(EDGE)).unwrap();
+    trigger.write_all(&1u64.to_ne_bytes()).unwrap();
+    guest.bus.expect("I");
+    guest.partition.set_irq_route(40, None).unwrap();
+    trigger.write_all(&1u64.to_ne_bytes()).unwrap();
+    guest.partition.signal_msi(EDGE).unwrap();
+    guest.bus.expect("I");
+    guest.stop();
+    guest.assert_no_halt();
+}
+
+/// A doorbell rings for its own value alone; what it takes reaches no device.
+#[test]
+fn a_doorbell_rings_for_its_value() {
+    const ADDRESS: u64 = 0xd000_0050;
+    // mov eax, 7; mov [0xd0000050], eax; mov eax, 8; mov [0xd0000050], eax; mov al, '.'; mov dx, 0x3f8; out dx, al; hlt; jmp -3
+    let write = |value| [0xb8, value, 0, 0, 0, 0xa3, 0x50, 0, 0, 0xd0];
+    let print = [0xb0, b'.', 0x66, 0xba, 0xf8, 0x03, 0xee, 0xf4, 0xeb, 0xfd];
+    let guest = Guest::new(Mode::Flat, &[&write(7)[..], &write(8), &print].concat());
+    let (bell, other) = (event_fd(), event_fd());
+    let event_fds = guest.partition.event_fds().expect("KVM has eventfds");
+    event_fds.add_doorbell(ADDRESS, 7, bell.as_fd()).unwrap();
+    event_fds.add_doorbell(ADDRESS, 9, other.as_fd()).unwrap();
+    guest.start();
+    guest.bus.expect(".");
+    let count = |bell: OwnedFd| {
+        let mut count = [0; 8];
+        File::from(bell).read_exact(&mut count).map(|()| u64::from_ne_bytes(count))
+    };
+    assert_eq!(count(bell).unwrap(), 1);
+    assert_eq!(count(other).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    guest.stop();
 }
 
 #[test]
