@@ -98,6 +98,11 @@ impl FakeDriver {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How many queues the device has.
+    pub fn queue_count(&self) -> usize {
+        self.doorbells.len()
+    }
+
     /// The guest's memory.
     pub fn ram(&self) -> &FakeRam {
         &self.ram
