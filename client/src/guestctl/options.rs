@@ -73,7 +73,7 @@ pub struct Options {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Boot a guest, with its serial line here, until it ends
-    Run(Run),
+    Run(Box<Run>),
     /// A tour of a guest's life with the built-in guest
     Demo,
     /// List the guests of the running guestd
@@ -437,7 +437,7 @@ mod tests {
     fn run(arguments: &[&str]) -> Result<Run, clap::Error> {
         let words = ["guestctl", "run"].into_iter().chain(arguments.iter().copied());
         match Options::try_parse_from(words)?.command {
-            Command::Run(run) => Ok(run),
+            Command::Run(run) => Ok(*run),
             other => panic!("not run: {other:?}"),
         }
     }
