@@ -1,6 +1,6 @@
 //! Devices, driven by a fake driver over real memory, each beside the bare operation of the host that it stands for.
 //!
-//! Parts: `block` disks, beside [`bare`] io_uring on the same file with the same pattern.
+//! Parts: `block` disks, beside bare io_uring on the same file with the same pattern.
 //!
 //! In every round each figure follows its floor. A round is played once before the first and not counted.
 //!
