@@ -59,8 +59,8 @@ pub struct DeviceOptions {
     /// (align=), size= is plugged from the beginning
     #[arg(long, value_name = "region=SIZE[,KEY=VALUE]...", value_parser = mem::parse)]
     pub mem: Option<MemDeviceConfig>,
-    /// Give the guest a network device (virtio-net): passt, passt=SOCKET, tap=NAME, fd=N or vhost-user=SOCKET, with
-    /// [,mac=ADDRESS][,mtu=BYTES][,queues=N]; may be given again
+    /// Give the guest a network device (virtio-net): passt, passt=SOCKET, tap=NAME, fd=N or vhost-user=SOCKET, with any of
+    /// ,mac=ADDRESS ,mtu=BYTES ,queues=N; may be given again
     #[arg(long, value_name = "BACKEND", value_parser = net::parse)]
     pub net: Vec<NetOption>,
 }
