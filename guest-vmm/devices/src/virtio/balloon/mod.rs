@@ -1,7 +1,7 @@
 //! The memory balloon (VIRTIO 1.3, 5.5): the guest gives pages back to the host, because the host asks for them or because they
 //! are free.
 //!
-//! [`Balloon`] is what its registers show, [`BalloonWorker`](worker::BalloonWorker) gives the pages back, and a [`BalloonHandle`] is the host's end.
+//! [`Balloon`] is what its registers show, [`BalloonWorker`] gives the pages back, and a [`BalloonHandle`] is the host's end.
 //! Pages are of 4 KiB whatever the host's are. What is deflated needs nothing: a page comes back when it is touched.
 //!
 //! Limits: no free page hints, no page poison; memory of huge pages cannot be given back in smaller ones.
