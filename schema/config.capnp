@@ -151,7 +151,9 @@ enum BlockMode {
   readWrite @0;
   readOnly @1;
   volatileWrite @2;
-  # Writes stay in the VMM's memory and end with the guest; the image is only read.
+  # Writes stay in the VMM's memory and end with the guest; the image is only read, and any number of guests may share it. Memory is
+  # taken by 64 KiB, at most a little more than the disk's size, and beside that of MemoryConfig; a discard gives it back, and shows
+  # the image again. A guest with such a disk cannot be saved.
 }
 
 struct NetConfig {

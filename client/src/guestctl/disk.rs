@@ -6,8 +6,8 @@ use guest_client::{BlockConfig, BlockMode, Lifecycle, RateLimits};
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
-const KEYS: [&str; 9] =
-    ["path", "id", "readonly", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
+const KEYS: [&str; 10] =
+    ["path", "id", "readonly", "volatile", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,10 +34,19 @@ pub fn parse(text: &str) -> Result<Disk, String> {
     Ok(Disk {
         path: path.into(),
         id: pairs.text("id").unwrap_or_default().to_owned(),
-        mode: if pairs.switch("readonly")? { BlockMode::ReadOnly } else { BlockMode::ReadWrite },
+        mode: mode(pairs.switch("readonly")?, pairs.switch("volatile")?)?,
         limits,
         queues: pairs.number("queues")?.unwrap_or(1),
     })
+}
+
+fn mode(readonly: bool, volatile: bool) -> Result<BlockMode, String> {
+    match (readonly, volatile) {
+        (true, true) => Err("volatile: a disk that is readonly has no writes to keep".into()),
+        (true, false) => Ok(BlockMode::ReadOnly),
+        (false, true) => Ok(BlockMode::VolatileWrite),
+        (false, false) => Ok(BlockMode::ReadWrite),
+    }
 }
 
 fn format(value: &str) -> Result<(), String> {
@@ -101,6 +110,9 @@ mod tests {
         let expected =
             Disk { path: "x".into(), id: "root".into(), mode: BlockMode::ReadOnly, limits, queues: 2 };
         assert_eq!(disk, Ok(expected));
+        let modes = ["volatile=on", "volatile=off", "volatile=off,readonly=on"]
+            .map(|keys| parse(&format!("path=x,{keys}")).expect(keys).mode);
+        assert_eq!(modes, [BlockMode::VolatileWrite, BlockMode::ReadWrite, BlockMode::ReadOnly]);
     }
 
     #[test]
@@ -113,6 +125,7 @@ mod tests {
             ("path=a,path=b", "path is there twice"),
             ("path=a,ro=on", "\"ro\" is none of path, id, readonly"),
             ("path=a,readonly=yes", "readonly: \"yes\" is neither on nor off"),
+            ("path=a,readonly=on,volatile=on", "volatile: a disk that is readonly has no writes"),
             ("path=a,format=vmdk", "\"vmdk\" is none of raw, qcow2"),
             ("path=a,format=qcow2", "qcow2 is not supported yet"),
             ("path=a,bps=fast", "bps: a size is a whole number"),

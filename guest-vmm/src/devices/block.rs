@@ -4,7 +4,8 @@ use super::RequestedDevices;
 use crate::config::refused;
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::block::{
-    Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, UringDisk,
+    Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, Overlay,
+    UringDisk,
 };
 use ::devices::virtio::rate_limit::{Rate, RateLimits};
 use guest_schema::{
@@ -63,9 +64,6 @@ pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
         if !(1..=MAX_QUEUES).contains(&disk.queues) {
             fault("queues", format!("{} is not from 1 to {MAX_QUEUES}", disk.queues));
         }
-        if disk.mode == BlockMode::VolatileWrite {
-            fault("mode", "volatileWrite is not supported".into());
-        }
         if disk.image.is_none() {
             fault("format.file", "none was given".into());
         }
@@ -95,7 +93,8 @@ pub(super) fn add(
 }
 
 fn open(image: OwnedFd, mode: BlockMode) -> Result<DiskImage, ImageError> {
-    UringDisk::open(ImageFile::lock(image, mode == BlockMode::ReadWrite)?)
+    let image = UringDisk::open(ImageFile::lock(image, mode == BlockMode::ReadWrite)?)?;
+    Ok(if mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
 }
 
 fn name(index: usize) -> String {
@@ -159,6 +158,7 @@ mod tests {
         let mut disks: Vec<_> = (0..MAX_DISKS).map(|at| disk(&format!("{at:020}"))).collect();
         disks[0] = BlockConfig { queues: MAX_QUEUES, ..disk("") };
         disks[1] = BlockConfig { mode: BlockMode::ReadOnly, ..disk("") };
+        disks[2] = BlockConfig { mode: BlockMode::VolatileWrite, ..disk("") };
         assert_eq!(problems(&disks), [""; 0]);
         disks.push(disk("one more"));
         assert_eq!(problems(&disks), ["block: 33 disks are more than 32"]);

@@ -2,15 +2,18 @@
 
 mod faulty;
 mod model;
+mod overlay;
 mod requests;
 mod shapes;
 mod under_way;
 
-use super::{Block, BlockError, BlockHandle, BlockOptions, DiskImage, ImageFile, OnError, UringDisk};
+use super::{
+    Block, BlockError, BlockHandle, BlockOptions, DiskImage, ImageFile, OnError, Overlay, UringDisk,
+};
 use crate::virtio::fake_driver::{Buffer, FakeDriver, Reply};
 use crate::virtio::rate_limit::RateLimits;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
@@ -63,6 +66,28 @@ fn pattern(sector: u64, sectors: u64) -> Vec<u8> {
 fn image(file: &File, writable: bool) -> DiskImage {
     let file = OwnedFd::from(file.try_clone().expect("a descriptor"));
     UringDisk::open(ImageFile::lock(file, writable).expect("free")).expect("io_uring")
+}
+
+/// What keeps a disk's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backing {
+    Raw,
+    Overlay,
+}
+
+impl Backing {
+    /// A disk that begins with what is in this raw file.
+    fn image(self, file: &File) -> DiskImage {
+        match self {
+            Self::Raw => image(file, true),
+            Self::Overlay => Overlay::over(image(&file_again(file), false)),
+        }
+    }
+}
+
+/// Another open file description of a file, as another process would have.
+fn file_again(file: &File) -> File {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("there")
 }
 
 impl Stage {
