@@ -5,11 +5,11 @@ use crate::config::refused;
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::block::{
     Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, Overlay,
-    UringDisk,
+    Qcow2Disk, UringDisk,
 };
 use ::devices::virtio::rate_limit::{Rate, RateLimits};
 use guest_schema::{
-    BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, chain,
+    BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, ImageFormat, chain,
 };
 use guest_transport::Descriptors;
 use std::collections::HashSet;
@@ -36,13 +36,13 @@ pub(crate) fn take_images(
                 Err("a disk's image has to be a descriptor, which a proxied channel does not pass".into())
             }
         };
-        taken.map_err(|problem| faults.push(image_fault(index, problem))).ok()
+        taken.map_err(|problem| faults.push(image_fault(index, disk, problem))).ok()
     };
     disks.iter().enumerate().map(&mut take).collect()
 }
 
-fn image_fault(index: usize, problem: impl Into<String>) -> ConfigFault {
-    ConfigFault::new(format!("block[{index}].format.file"), problem)
+fn image_fault(index: usize, disk: &BlockConfig, problem: impl Into<String>) -> ConfigFault {
+    ConfigFault::new(format!("block[{index}].{}", disk.format.field()), problem)
 }
 
 /// What is wrong with the disks of a config, as far as it shows without their images.
@@ -65,7 +65,7 @@ pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
             fault("queues", format!("{} is not from 1 to {MAX_QUEUES}", disk.queues));
         }
         if disk.image.is_none() {
-            fault("format.file", "none was given".into());
+            fault(disk.format.field(), "none was given".into());
         }
     }
     faults
@@ -79,22 +79,27 @@ pub(super) fn add(
 ) -> Result<(), Failure> {
     let mut faults = Vec::new();
     for (index, (disk, image)) in disks.iter().zip(images).enumerate() {
-        match image.map(|image| open(image, disk.mode)) {
+        match image.map(|image| open(image, disk)) {
             Some(Ok(image)) => {
                 let spec = spec(index, disk, image, &devices.told)?;
                 devices.specs.push(spec);
             }
             Some(Err(error @ ImageError::NoUring(_))) => return Err(unmade(index, &error)),
-            Some(Err(error)) => faults.push(image_fault(index, chain(&error))),
-            None => faults.push(image_fault(index, "none was given")),
+            Some(Err(error)) => faults.push(image_fault(index, disk, chain(&error))),
+            None => faults.push(image_fault(index, disk, "none was given")),
         }
     }
     refused(&faults).map_or(Ok(()), Err)
 }
 
-fn open(image: OwnedFd, mode: BlockMode) -> Result<DiskImage, ImageError> {
-    let image = UringDisk::open(ImageFile::lock(image, mode == BlockMode::ReadWrite)?)?;
-    Ok(if mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
+fn open(image: OwnedFd, disk: &BlockConfig) -> Result<DiskImage, ImageError> {
+    let writable = disk.mode == BlockMode::ReadWrite;
+    let file = ImageFile::lock(image, writable)?;
+    let image = match disk.format {
+        ImageFormat::Raw => UringDisk::open(file)?,
+        ImageFormat::Qcow2 => Qcow2Disk::open(file, writable)?,
+    };
+    Ok(if disk.mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
 }
 
 fn name(index: usize) -> String {
@@ -170,6 +175,7 @@ mod tests {
             disk("a"),
             BlockConfig { queues: 0, image: None, ..disk("a") },
             BlockConfig { queues: 17, ..disk("äääääääääää") },
+            BlockConfig { format: ImageFormat::Qcow2, image: None, ..disk("b") },
         ];
         assert_eq!(
             problems(&disks),
@@ -179,6 +185,7 @@ mod tests {
                 "block[1].format.file: none was given",
                 "block[2].id: the 22 bytes of \"äääääääääää\" are more than 20",
                 "block[2].queues: 17 is not from 1 to 16",
+                "block[3].format.qcow2: none was given",
             ]
         );
     }

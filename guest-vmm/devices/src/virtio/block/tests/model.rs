@@ -33,7 +33,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn backings() -> impl Strategy<Value = Backing> {
-    prop::sample::select(vec![Backing::Raw, Backing::Overlay])
+    prop::sample::select(Backing::ALL.to_vec())
 }
 
 fn inside(sector: u64, sectors: u64) -> Option<std::ops::Range<usize>> {
@@ -94,15 +94,16 @@ proptest! {
 
     #[test]
     fn a_disk_is_a_vector_of_sectors(backing in backings(), steps in steps()) {
-        let file = patterned_file(DISK);
+        let file = backing.file(DISK);
         let image = backing.image(&file);
-        let mut stage = Stage::with(file, image, Shape::default());
+        let mut stage = Stage::with(file_again(&file), image, Shape::default());
         let mut model = pattern(0, DISK);
         for step in &steps {
             go(&mut stage, &mut model, step);
         }
         prop_assert!(stage.read(0, DISK) == (OK, model.clone()));
-        let on_file = if backing == Backing::Raw { model } else { pattern(0, DISK) };
-        prop_assert!(stage.on_file(0, DISK) == on_file);
+        drop(stage);
+        let kept = if backing.is_overlay() { pattern(0, DISK) } else { model };
+        prop_assert!(backing.contents(&file, DISK) == kept);
     }
 }
