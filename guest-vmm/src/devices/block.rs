@@ -147,7 +147,14 @@ fn told(error: BlockError) -> DeviceError {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Backends, requested};
     use super::*;
+    use crate::events::EventLog;
+    use ::devices::virtio::fake_driver::{Buffer, FakeDriver};
+    use futures::FutureExt;
+    use guest_schema::EventKind;
+    use std::fs::{File, OpenOptions};
+    use std::os::fd::AsRawFd;
 
     fn disk(id: &str) -> BlockConfig {
         let disk = BlockConfig::raw(FileSource::Descriptor(0), BlockMode::ReadWrite);
@@ -188,5 +195,82 @@ mod tests {
                 "block[3].format.qcow2: none was given",
             ]
         );
+    }
+
+    fn image_of(bytes: u64) -> File {
+        let file: File =
+            rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd").into();
+        file.set_len(bytes).expect("room");
+        file
+    }
+
+    /// As another process would open it.
+    fn again(file: &File) -> OwnedFd {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        OpenOptions::new().read(true).write(true).open(path).expect("there").into()
+    }
+
+    /// The devices of a guest with these disks, each over one of the images.
+    fn devices(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Result<RequestedDevices, Failure> {
+        let mut config = crate::config::tests::config();
+        config.devices.block = disks;
+        requested(&config, Backends { images, ..Backends::default() })
+    }
+
+    fn refused_with(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Failure {
+        devices(disks, images).err().expect("refused")
+    }
+
+    #[test]
+    fn an_image_that_another_guest_writes_is_refused_and_one_that_is_read_is_shared() {
+        let file = image_of(4096);
+        let with = |mode| vec![BlockConfig { mode, ..disk("") }];
+        let image = || vec![Some(again(&file))];
+        let writer = devices(with(BlockMode::ReadWrite), image()).expect("free");
+        for (mode, held) in [
+            (BlockMode::ReadWrite, "a lock on it"),
+            (BlockMode::ReadOnly, "it for writing"),
+            (BlockMode::VolatileWrite, "it for writing"),
+        ] {
+            let failure = refused_with(with(mode), image());
+            assert_eq!(failure.code, GuestError::BadConfig);
+            let problem =
+                format!("block[0].format.file: it is in use: another process or guest holds {held}");
+            assert!(failure.detail.contains(&problem), "{failure:?}");
+        }
+        drop(writer);
+        let _readers = [BlockMode::VolatileWrite, BlockMode::VolatileWrite, BlockMode::ReadOnly]
+            .map(|mode| devices(with(mode), image()).expect("shared"));
+        assert!(refused_with(with(BlockMode::ReadWrite), image()).detail.contains("a lock on it"));
+    }
+
+    #[test]
+    fn every_image_that_is_none_is_named_by_its_field() {
+        let disks = vec![disk("a"), BlockConfig { format: ImageFormat::Qcow2, ..disk("b") }];
+        let images = [100, 4096].map(|bytes| Some(image_of(bytes).into())).into();
+        let failure = refused_with(disks, images);
+        for problem in [
+            "block[0].format.file: its 100 bytes are less than a sector of 512",
+            "block[1].format.qcow2: it is no qcow2 image that can be used: its first bytes are not those of one",
+        ] {
+            assert!(failure.detail.contains(problem), "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn a_failure_of_the_host_is_an_event_of_the_guest() {
+        let file = image_of(4096);
+        let mut devices = devices(vec![disk("")], vec![Some(again(&file))]).expect("an image");
+        let mut driver = FakeDriver::ready(devices.specs.remove(0), 0);
+        file.set_len(0).expect("cut off");
+        let reply = driver.request(0, &[Buffer::Out(&[0; 16]), Buffer::In(512), Buffer::In(1)]);
+        assert_eq!(reply.data.last(), Some(&1), "an I/O error");
+        drop((driver, devices.told));
+        let events = EventLog::default();
+        events.device_errors(devices.errors).now_or_never().expect("the devices are gone");
+        let event = events.next(&mut 0).now_or_never().flatten().expect("an event");
+        let EventKind::DeviceError(error) = event.kind else { panic!("{event:?}") };
+        assert_eq!((&error.device[..], &error.operation[..], error.suppressed), ("block0", "read", 0));
+        assert!(!error.detail.is_empty());
     }
 }
