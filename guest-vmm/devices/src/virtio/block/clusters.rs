@@ -3,14 +3,13 @@
 //! Memory is taken by cluster: one of which anything but zeros was written takes all of its 64 KiB, any other that was written some 100
 //! bytes, one that was not written nothing. So a disk takes no more than its own size and a five-hundredth of it.
 
-use super::request::SECTOR;
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
 use std::iter::from_fn;
 use std::ops::Range;
 
-const SECTOR_BYTES: usize = SECTOR as usize;
+const SECTOR_BYTES: usize = 512;
 /// What is allocated at once, in bytes: as many sectors as there are bits in `present`.
 const CLUSTER_BYTES: usize = SECTOR_BYTES * u128::BITS as usize;
 
