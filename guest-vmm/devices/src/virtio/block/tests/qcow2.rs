@@ -9,12 +9,15 @@ use virtio_bindings::virtio_blk::*;
 
 const V2: u8 = 2;
 
+/// Bytes of an image, and where.
+type Patch<'a> = (u64, &'a [u8]);
+
 fn stage(file: File) -> Stage {
     let image = Backing::Qcow2.image(&file);
     Stage::with(file, image, Shape::default())
 }
 
-fn patched(patches: &[(u64, &[u8])]) -> File {
+fn patched(patches: &[Patch<'_>]) -> File {
     let file = Backing::Qcow2.file(64);
     for (at, bytes) in patches {
         file.write_all_at(bytes, *at).expect("written");
@@ -63,9 +66,10 @@ fn what_is_written_is_in_the_image_for_the_next_guest() {
 fn a_stopped_disk_has_its_image_up_to_date() {
     let file = Backing::Qcow2.file(SECTORS);
     let mut stage = stage(file.try_clone().expect("a descriptor"));
-    assert_eq!(stage.write(1, &pattern(7, 1)), OK);
+    // A whole cluster, so that it is the image's tables that change.
+    assert_eq!(stage.range(VIRTIO_BLK_T_WRITE_ZEROES, 0, 128, 1), OK);
     stage.driver.stop();
-    assert!(Backing::Qcow2.contents(&file, 2) == [pattern(0, 1), pattern(7, 1)].concat());
+    assert!(Backing::Qcow2.contents(&file, 129) == [vec![0; 128 * SECTOR], pattern(128, 1)].concat());
 }
 
 #[test]
@@ -81,7 +85,7 @@ fn a_request_larger_than_the_buffer_is_moved_in_parts() {
 #[test]
 fn an_image_that_cannot_be_used_says_why() {
     let backing = [(8, &1024u64.to_be_bytes()[..]), (16, &10u32.to_be_bytes()), (1024, b"/etc/image")];
-    let cases: [(&[(u64, &[u8])], &str); 8] = [
+    let cases: [(&[Patch<'_>], &str); 8] = [
         (&[(0, b"RAW!")], "its first bytes are not those of one"),
         (&[(7, &[9])], "qcow2 v9 is not supported"),
         (&[(20, &99u32.to_be_bytes())], "cluster"),
