@@ -141,9 +141,10 @@ struct BlockConfig {
     # A raw image: a descriptor of a regular file or block device, opened for reading and, with readWrite, for writing. Its
     # size, rounded down to a sector of 512 bytes, is the disk's; it needs one sector at least.
     qcow2 @3 :Common.FileSource;
-    # Not supported yet: badConfig, like `service`.
+    # An image in the qcow2 format, version 2 or 3: a descriptor as of a raw one. badConfig is one that is encrypted, marked as dirty or
+    # corrupt, or whose data is not all in this file: no backing file, no file for data, since guest-vmm opens no path.
     service @4 :AnyPointer;
-    # A block service, whose interface comes with the devices.
+    # Not supported yet: badConfig. A block service, whose interface comes with the devices.
   }
   limits @5 :RateLimits;
   queues @6 :UInt16 = 1;
@@ -163,7 +164,9 @@ enum BlockMode {
   readWrite @0;
   readOnly @1;
   volatileWrite @2;
-  # Writes stay in the VMM's memory and end with the guest; the image is only read.
+  # Writes stay in the VMM's memory and end with the guest; the image is only read, and any number of guests may share it. Memory is
+  # taken by 64 KiB, at most a little more than the disk's size, and beside that of MemoryConfig; a discard gives it back, and shows
+  # the image again. A guest with such a disk cannot be saved.
 }
 
 struct NetConfig {

@@ -70,10 +70,10 @@ pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use guest_schema::{
     AddressSpace, BlockConfig, BlockMode, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt,
     DebuggedVps, DeviceError, DevicesConfig, Event, EventKind, Exit, Failure, FileSource, GuestConfig,
-    GuestError, GuestState, HaltReason, LossPolicy, MacAddress, MemDeviceConfig, MemoryConfig, NetBackend,
-    NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering, SavedStateKind,
-    SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep,
-    VpAffinity, VpRegisters, VpState, VsockConfig,
+    GuestError, GuestState, HaltReason, ImageFormat, LossPolicy, MacAddress, MemDeviceConfig, MemoryConfig,
+    NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering,
+    SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig,
+    UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;

@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 
 /// How many events are kept.
 const KEPT: usize = 1024;
@@ -46,9 +46,11 @@ impl EventLog {
         }));
     }
 
-    /// The host has failed a device.
-    pub fn device_error(&self, error: DeviceError) {
-        self.record(EventKind::DeviceError(error));
+    /// Records what the host fails the guest's devices in, until the devices are gone.
+    pub async fn device_errors(&self, mut errors: mpsc::Receiver<DeviceError>) {
+        while let Some(error) = errors.recv().await {
+            self.record(EventKind::DeviceError(error));
+        }
     }
 
     /// Its kernel has panicked.
@@ -75,7 +77,7 @@ impl EventLog {
 
     /// The event at a position or the first one kept after it, with what was missed; the position moves behind it. `None` after
     /// the last one.
-    async fn next(&self, position: &mut u64) -> Option<Event> {
+    pub async fn next(&self, position: &mut u64) -> Option<Event> {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);

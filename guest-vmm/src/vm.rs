@@ -10,7 +10,7 @@ use crate::platform::Host;
 use crate::ports::GuestPort;
 use crate::settings::Settings;
 use ::devices::virtio::VirtioSpec;
-use guest_schema::{DeviceError, Failure, GuestError, UnitConfig, chain};
+use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
 use processor::{HostCpus, TimePolicy, VpHaltReason, VpIndex};
@@ -94,7 +94,8 @@ impl Vm {
         let guest = Rc::new(Guest::new(told, machine.serial_input(), machine.view().clone(), ends, settings));
         let telling = guest.clone();
         spawn_local(async move { telling.tell_of_panics().await });
-        spawn_local(tell(errors, guest.clone()));
+        let events = guest.events().clone();
+        spawn_local(async move { events.device_errors(errors).await });
         Ok(Self { machine, client_units, halts, guest })
     }
 
@@ -234,13 +235,6 @@ async fn machine_config(
         debug_exit: config.debug_exit,
         inject: None,
     })
-}
-
-/// Tells the guest's subscribers what the host has failed its devices in, until the devices are gone.
-async fn tell(mut errors: mpsc::Receiver<DeviceError>, guest: Rc<Guest>) {
-    while let Some(error) = errors.recv().await {
-        guest.events().device_error(error);
-    }
 }
 
 /// What a create answers that a stop has cancelled.

@@ -19,7 +19,7 @@ mod timeline;
 mod units;
 mod vsock;
 
-pub use block::{BlockConfig, BlockMode, RateLimits};
+pub use block::{BlockConfig, BlockMode, ImageFormat, RateLimits};
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
 };

@@ -30,8 +30,9 @@ Examples:
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices")]
 pub struct DeviceOptions {
-    /// Give the guest a disk (virtio-blk): path=FILE of a raw image or block device, then any of id=TEXT (its serial number),
-    /// readonly=on, bps=SIZE and iops=N (limits a second; bps-burst, iops-burst), queues=N; may be given again
+    /// Give the guest a disk (virtio-blk): path=FILE of an image or block device, then any of format=raw or format=qcow2, id=TEXT (its
+    /// serial number), readonly=on, volatile=on (what the guest writes stays in memory and ends with it), bps=SIZE and iops=N (limits
+    /// a second; bps-burst, iops-burst), queues=N; may be given again
     #[arg(long, value_name = "DISK", value_parser = disk::parse)]
     pub disk: Vec<Disk>,
     /// Give the guest an entropy device (virtio-rng): /dev/hwrng on Linux

@@ -2,12 +2,12 @@
 
 use crate::ending::{Outcome, Trouble};
 use crate::pairs::Pairs;
-use guest_client::{BlockConfig, BlockMode, Lifecycle, RateLimits};
+use guest_client::{BlockConfig, BlockMode, ImageFormat, Lifecycle, RateLimits};
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
-const KEYS: [&str; 9] =
-    ["path", "id", "readonly", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
+const KEYS: [&str; 10] =
+    ["path", "id", "readonly", "volatile", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +16,7 @@ pub struct Disk {
     path: PathBuf,
     id: String,
     mode: BlockMode,
+    format: ImageFormat,
     limits: RateLimits,
     queues: u16,
 }
@@ -23,7 +24,6 @@ pub struct Disk {
 /// Reads one `--disk`.
 pub fn parse(text: &str) -> Result<Disk, String> {
     let pairs = Pairs::read(text, &KEYS)?;
-    pairs.text("format").map_or(Ok(()), format)?;
     let path = pairs.text("path").filter(|path| !path.is_empty()).ok_or("path=FILE is missing")?;
     let limits = RateLimits {
         bytes_per_second: pairs.size("bps")?.unwrap_or(0),
@@ -34,18 +34,26 @@ pub fn parse(text: &str) -> Result<Disk, String> {
     Ok(Disk {
         path: path.into(),
         id: pairs.text("id").unwrap_or_default().to_owned(),
-        mode: if pairs.switch("readonly")? { BlockMode::ReadOnly } else { BlockMode::ReadWrite },
+        mode: mode(pairs.switch("readonly")?, pairs.switch("volatile")?)?,
+        format: pairs.text("format").map_or(Ok(ImageFormat::Raw), format)?,
         limits,
         queues: pairs.number("queues")?.unwrap_or(1),
     })
 }
 
-fn format(value: &str) -> Result<(), String> {
+fn mode(readonly: bool, volatile: bool) -> Result<BlockMode, String> {
+    match (readonly, volatile) {
+        (true, true) => Err("volatile: a disk that is readonly has no writes to keep".into()),
+        (true, false) => Ok(BlockMode::ReadOnly),
+        (false, true) => Ok(BlockMode::VolatileWrite),
+        (false, false) => Ok(BlockMode::ReadWrite),
+    }
+}
+
+fn format(value: &str) -> Result<ImageFormat, String> {
     match value {
-        "raw" => Ok(()),
-        "qcow2" => {
-            Err("format: qcow2 is not supported yet; `qemu-img convert -O raw` makes a raw image".into())
-        }
+        "raw" => Ok(ImageFormat::Raw),
+        "qcow2" => Ok(ImageFormat::Qcow2),
         _ => Err(format!("format: {value:?} is none of raw, qcow2")),
     }
 }
@@ -72,8 +80,8 @@ impl Disk {
 impl OpenDisk {
     /// The disk as part of a config.
     pub fn config(self, lifecycle: &Lifecycle) -> BlockConfig {
-        let Disk { path: _, id, mode, limits, queues } = self.disk;
-        BlockConfig { id, limits, queues, ..BlockConfig::raw(lifecycle.file(self.image), mode) }
+        let Disk { path: _, id, mode, format, limits, queues } = self.disk;
+        BlockConfig { id, format, limits, queues, ..BlockConfig::raw(lifecycle.file(self.image), mode) }
     }
 }
 
@@ -98,9 +106,21 @@ mod tests {
             operations_per_second: 1000,
             operations_burst: 5,
         };
-        let expected =
-            Disk { path: "x".into(), id: "root".into(), mode: BlockMode::ReadOnly, limits, queues: 2 };
+        let expected = Disk {
+            path: "x".into(),
+            id: "root".into(),
+            mode: BlockMode::ReadOnly,
+            format: ImageFormat::Raw,
+            limits,
+            queues: 2,
+        };
         assert_eq!(disk, Ok(expected));
+        let formats =
+            ["", ",format=raw", ",format=qcow2"].map(|key| parse(&format!("path=x{key}")).expect(key).format);
+        assert_eq!(formats, [ImageFormat::Raw, ImageFormat::Raw, ImageFormat::Qcow2]);
+        let modes = ["volatile=on", "volatile=off", "volatile=off,readonly=on"]
+            .map(|keys| parse(&format!("path=x,{keys}")).expect(keys).mode);
+        assert_eq!(modes, [BlockMode::VolatileWrite, BlockMode::ReadWrite, BlockMode::ReadOnly]);
     }
 
     #[test]
@@ -113,8 +133,8 @@ mod tests {
             ("path=a,path=b", "path is there twice"),
             ("path=a,ro=on", "\"ro\" is none of path, id, readonly"),
             ("path=a,readonly=yes", "readonly: \"yes\" is neither on nor off"),
+            ("path=a,readonly=on,volatile=on", "volatile: a disk that is readonly has no writes"),
             ("path=a,format=vmdk", "\"vmdk\" is none of raw, qcow2"),
-            ("path=a,format=qcow2", "qcow2 is not supported yet"),
             ("path=a,bps=fast", "bps: a size is a whole number"),
             ("path=a,iops=1k", "iops: \"1k\" is no number that can be"),
             ("path=a,queues=many", "queues: \"many\" is no number that can be"),

@@ -4,11 +4,12 @@ use super::RequestedDevices;
 use crate::config::refused;
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::block::{
-    Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, UringDisk,
+    Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, Overlay,
+    Qcow2Disk, UringDisk,
 };
 use ::devices::virtio::rate_limit::{Rate, RateLimits};
 use guest_schema::{
-    BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, chain,
+    BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, ImageFormat, chain,
 };
 use guest_transport::Descriptors;
 use std::collections::HashSet;
@@ -35,13 +36,13 @@ pub(crate) fn take_images(
                 Err("a disk's image has to be a descriptor, which a proxied channel does not pass".into())
             }
         };
-        taken.map_err(|problem| faults.push(image_fault(index, problem))).ok()
+        taken.map_err(|problem| faults.push(image_fault(index, disk, problem))).ok()
     };
     disks.iter().enumerate().map(&mut take).collect()
 }
 
-fn image_fault(index: usize, problem: impl Into<String>) -> ConfigFault {
-    ConfigFault::new(format!("block[{index}].format.file"), problem)
+fn image_fault(index: usize, disk: &BlockConfig, problem: impl Into<String>) -> ConfigFault {
+    ConfigFault::new(format!("block[{index}].{}", disk.format.field()), problem)
 }
 
 /// What is wrong with the disks of a config, as far as it shows without their images.
@@ -63,11 +64,8 @@ pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
         if !(1..=MAX_QUEUES).contains(&disk.queues) {
             fault("queues", format!("{} is not from 1 to {MAX_QUEUES}", disk.queues));
         }
-        if disk.mode == BlockMode::VolatileWrite {
-            fault("mode", "volatileWrite is not supported".into());
-        }
         if disk.image.is_none() {
-            fault("format.file", "none was given".into());
+            fault(disk.format.field(), "none was given".into());
         }
     }
     faults
@@ -81,21 +79,27 @@ pub(super) fn add(
 ) -> Result<(), Failure> {
     let mut faults = Vec::new();
     for (index, (disk, image)) in disks.iter().zip(images).enumerate() {
-        match image.map(|image| open(image, disk.mode)) {
+        match image.map(|image| open(image, disk)) {
             Some(Ok(image)) => {
                 let spec = spec(index, disk, image, &devices.told)?;
                 devices.specs.push(spec);
             }
             Some(Err(error @ ImageError::NoUring(_))) => return Err(unmade(index, &error)),
-            Some(Err(error)) => faults.push(image_fault(index, chain(&error))),
-            None => faults.push(image_fault(index, "none was given")),
+            Some(Err(error)) => faults.push(image_fault(index, disk, chain(&error))),
+            None => faults.push(image_fault(index, disk, "none was given")),
         }
     }
     refused(&faults).map_or(Ok(()), Err)
 }
 
-fn open(image: OwnedFd, mode: BlockMode) -> Result<DiskImage, ImageError> {
-    UringDisk::open(ImageFile::lock(image, mode == BlockMode::ReadWrite)?)
+fn open(image: OwnedFd, disk: &BlockConfig) -> Result<DiskImage, ImageError> {
+    let writable = disk.mode == BlockMode::ReadWrite;
+    let file = ImageFile::lock(image, writable)?;
+    let image = match disk.format {
+        ImageFormat::Raw => UringDisk::open(file)?,
+        ImageFormat::Qcow2 => Qcow2Disk::open(file, writable)?,
+    };
+    Ok(if disk.mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
 }
 
 fn name(index: usize) -> String {
@@ -143,7 +147,14 @@ fn told(error: BlockError) -> DeviceError {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Backends, requested};
     use super::*;
+    use crate::events::EventLog;
+    use ::devices::virtio::fake_driver::{Buffer, FakeDriver};
+    use futures::FutureExt;
+    use guest_schema::EventKind;
+    use std::fs::{File, OpenOptions};
+    use std::os::fd::AsRawFd;
 
     fn disk(id: &str) -> BlockConfig {
         let disk = BlockConfig::raw(FileSource::Descriptor(0), BlockMode::ReadWrite);
@@ -159,6 +170,7 @@ mod tests {
         let mut disks: Vec<_> = (0..MAX_DISKS).map(|at| disk(&format!("{at:020}"))).collect();
         disks[0] = BlockConfig { queues: MAX_QUEUES, ..disk("") };
         disks[1] = BlockConfig { mode: BlockMode::ReadOnly, ..disk("") };
+        disks[2] = BlockConfig { mode: BlockMode::VolatileWrite, ..disk("") };
         assert_eq!(problems(&disks), [""; 0]);
         disks.push(disk("one more"));
         assert_eq!(problems(&disks), ["block: 33 disks are more than 32"]);
@@ -170,6 +182,7 @@ mod tests {
             disk("a"),
             BlockConfig { queues: 0, image: None, ..disk("a") },
             BlockConfig { queues: 17, ..disk("äääääääääää") },
+            BlockConfig { format: ImageFormat::Qcow2, image: None, ..disk("b") },
         ];
         assert_eq!(
             problems(&disks),
@@ -179,7 +192,85 @@ mod tests {
                 "block[1].format.file: none was given",
                 "block[2].id: the 22 bytes of \"äääääääääää\" are more than 20",
                 "block[2].queues: 17 is not from 1 to 16",
+                "block[3].format.qcow2: none was given",
             ]
         );
+    }
+
+    fn image_of(bytes: u64) -> File {
+        let file: File =
+            rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd").into();
+        file.set_len(bytes).expect("room");
+        file
+    }
+
+    /// As another process would open it.
+    fn again(file: &File) -> OwnedFd {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        OpenOptions::new().read(true).write(true).open(path).expect("there").into()
+    }
+
+    /// The devices of a guest with these disks, each over one of the images.
+    fn devices(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Result<RequestedDevices, Failure> {
+        let mut config = crate::config::tests::config();
+        config.devices.block = disks;
+        requested(&config, Backends { images, ..Backends::default() })
+    }
+
+    fn refused_with(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Failure {
+        devices(disks, images).err().expect("refused")
+    }
+
+    #[test]
+    fn an_image_that_another_guest_writes_is_refused_and_one_that_is_read_is_shared() {
+        let file = image_of(4096);
+        let with = |mode| vec![BlockConfig { mode, ..disk("") }];
+        let image = || vec![Some(again(&file))];
+        let writer = devices(with(BlockMode::ReadWrite), image()).expect("free");
+        for (mode, held) in [
+            (BlockMode::ReadWrite, "a lock on it"),
+            (BlockMode::ReadOnly, "it for writing"),
+            (BlockMode::VolatileWrite, "it for writing"),
+        ] {
+            let failure = refused_with(with(mode), image());
+            assert_eq!(failure.code, GuestError::BadConfig);
+            let problem =
+                format!("block[0].format.file: it is in use: another process or guest holds {held}");
+            assert!(failure.detail.contains(&problem), "{failure:?}");
+        }
+        drop(writer);
+        let _readers = [BlockMode::VolatileWrite, BlockMode::VolatileWrite, BlockMode::ReadOnly]
+            .map(|mode| devices(with(mode), image()).expect("shared"));
+        assert!(refused_with(with(BlockMode::ReadWrite), image()).detail.contains("a lock on it"));
+    }
+
+    #[test]
+    fn every_image_that_is_none_is_named_by_its_field() {
+        let disks = vec![disk("a"), BlockConfig { format: ImageFormat::Qcow2, ..disk("b") }];
+        let images = [100, 4096].map(|bytes| Some(image_of(bytes).into())).into();
+        let failure = refused_with(disks, images);
+        for problem in [
+            "block[0].format.file: its 100 bytes are less than a sector of 512",
+            "block[1].format.qcow2: it is no qcow2 image that can be used: its first bytes are not those of one",
+        ] {
+            assert!(failure.detail.contains(problem), "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn a_failure_of_the_host_is_an_event_of_the_guest() {
+        let file = image_of(4096);
+        let mut devices = devices(vec![disk("")], vec![Some(again(&file))]).expect("an image");
+        let mut driver = FakeDriver::ready(devices.specs.remove(0), 0);
+        file.set_len(0).expect("cut off");
+        let reply = driver.request(0, &[Buffer::Out(&[0; 16]), Buffer::In(512), Buffer::In(1)]);
+        assert_eq!(reply.data.last(), Some(&1), "an I/O error");
+        drop((driver, devices.told));
+        let events = EventLog::default();
+        events.device_errors(devices.errors).now_or_never().expect("the devices are gone");
+        let event = events.next(&mut 0).now_or_never().flatten().expect("an event");
+        let EventKind::DeviceError(error) = event.kind else { panic!("{event:?}") };
+        assert_eq!((&error.device[..], &error.operation[..], error.suppressed), ("block0", "read", 0));
+        assert!(!error.detail.is_empty());
     }
 }

@@ -219,6 +219,16 @@ impl BufferWriter<'_> {
         u32::try_from(self.0.done).expect("a chain is shorter than 4 GiB")
     }
 
+    /// Leaves the next `bytes` as they are, or all that follow if there are fewer. They count as written.
+    pub fn skip(&mut self, bytes: u64) {
+        let mut rest = bytes;
+        self.0.advance(|slice| {
+            let count = usize::try_from(rest).map_or(slice.len(), |rest| rest.min(slice.len()));
+            rest -= count as u64;
+            count
+        });
+    }
+
     /// Writes a value, or nothing and `None` if there is no room for it.
     pub fn write_obj<T: ByteValued>(&mut self, value: T) -> Option<()> {
         let bytes = value.as_slice();

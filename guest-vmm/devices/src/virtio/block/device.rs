@@ -312,7 +312,10 @@ impl VirtioDevice for Block {
         self.shared.writeback.store(true, Ordering::Relaxed);
     }
 
-    fn save(&mut self, _: &mut BlockWorker) -> Result<BlockState, SaveError> {
+    fn save(&mut self, worker: &mut BlockWorker) -> Result<BlockState, SaveError> {
+        if let Some(reason) = worker.unsaveable() {
+            return Err(SaveError::not_supported(reason));
+        }
         Ok(BlockState {
             capacity_sectors: self.shared.capacity_sectors.load(Ordering::Relaxed),
             writeback: self.shared.is_writeback(),

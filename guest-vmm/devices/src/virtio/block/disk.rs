@@ -85,6 +85,11 @@ pub trait Disk: Send + fmt::Debug {
 
     /// No operation is under way, and none follows before the next start.
     fn stop(&mut self);
+
+    /// Why a device on this disk cannot be saved: its data would not be there where the guest goes on. `None` if it can be.
+    fn unsaveable(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 /// A disk with its measures, ready to become a device.

@@ -28,6 +28,9 @@ pub enum ImageError {
     /// There is not one sector in it.
     #[error("its {0} bytes are less than a sector of 512")]
     Empty(u64),
+    /// It is no image in the qcow2 format, or none that can be used.
+    #[error("it is no qcow2 image that can be used: {0}")]
+    Qcow2(String),
     /// The host's io_uring cannot be used.
     #[error(
         "io_uring, which block devices need, cannot be set up (Linux 5.19 or newer, with sysctl kernel.io_uring_disabled = 0 and no \

@@ -397,5 +397,9 @@ impl Disk for UringDisk {
 impl Drop for UringDisk {
     fn drop(&mut self) {
         self.abandon();
+        // The host takes a ring down in its own time, and would keep the image locked until then.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            tracing::warn!(%error, "an image stays locked until the host has taken its ring down");
+        }
     }
 }

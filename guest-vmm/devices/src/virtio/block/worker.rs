@@ -80,6 +80,11 @@ impl BlockWorker {
         }
     }
 
+    /// See [`Disk::unsaveable`].
+    pub(super) fn unsaveable(&self) -> Option<&'static str> {
+        self.disk.unsaveable()
+    }
+
     async fn serve(&mut self, session: &mut Session) -> Result<(), DeviceFault> {
         let (wce, flush) = (session.has(VIRTIO_BLK_F_CONFIG_WCE), session.has(VIRTIO_BLK_F_FLUSH));
         let Session { queues, stop, memory, .. } = session;

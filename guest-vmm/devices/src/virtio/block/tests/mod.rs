@@ -2,15 +2,22 @@
 
 mod faulty;
 mod model;
+mod overlay;
+mod qcow2;
 mod requests;
 mod shapes;
 mod under_way;
 
-use super::{Block, BlockError, BlockHandle, BlockOptions, DiskImage, ImageFile, OnError, UringDisk};
+use super::{
+    Block, BlockError, BlockHandle, BlockOptions, DiskImage, ImageFile, OnError, Overlay, Qcow2Disk,
+    UringDisk,
+};
 use crate::virtio::fake_driver::{Buffer, FakeDriver, Reply};
 use crate::virtio::rate_limit::RateLimits;
+use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
@@ -63,6 +70,78 @@ fn pattern(sector: u64, sectors: u64) -> Vec<u8> {
 fn image(file: &File, writable: bool) -> DiskImage {
     let file = OwnedFd::from(file.try_clone().expect("a descriptor"));
     UringDisk::open(ImageFile::lock(file, writable).expect("free")).expect("io_uring")
+}
+
+/// What keeps a disk's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backing {
+    Raw,
+    Qcow2,
+    Overlay,
+    Qcow2Overlay,
+}
+
+impl Backing {
+    const ALL: [Self; 4] = [Self::Raw, Self::Qcow2, Self::Overlay, Self::Qcow2Overlay];
+
+    fn is_qcow2(self) -> bool {
+        matches!(self, Self::Qcow2 | Self::Qcow2Overlay)
+    }
+
+    fn is_overlay(self) -> bool {
+        matches!(self, Self::Overlay | Self::Qcow2Overlay)
+    }
+
+    /// An image with the pattern in it.
+    fn file(self, sectors: u64) -> File {
+        if self.is_qcow2() { qcow2_file(sectors) } else { patterned_file(sectors) }
+    }
+
+    /// The disk over such a file.
+    fn image(self, file: &File) -> DiskImage {
+        match self {
+            Self::Raw => image(file, true),
+            Self::Qcow2 => qcow2(file, true),
+            Self::Overlay => Overlay::over(image(&file_again(file), false)),
+            Self::Qcow2Overlay => Overlay::over(qcow2(&file_again(file), false)),
+        }
+    }
+
+    /// The first sectors in such a file.
+    fn contents(self, file: &File, sectors: u64) -> Vec<u8> {
+        let mut data = vec![0; usize::try_from(sectors).unwrap() * SECTOR];
+        if self.is_qcow2() {
+            let file = imago::file::File::try_from(file_again(file)).expect("a file");
+            let image = Qcow2::<imago::file::File>::builder(file).open(DenyImplicitOpenGate::default());
+            FormatAccess::new(image.expect("an image")).read(&mut data, 0).expect("read");
+        } else {
+            file.read_exact_at(&mut data, 0).expect("there");
+        }
+        data
+    }
+}
+
+fn qcow2(file: &File, writable: bool) -> DiskImage {
+    let file = OwnedFd::from(file.try_clone().expect("a descriptor"));
+    Qcow2Disk::open(ImageFile::lock(file, writable).expect("free"), writable).expect("an image")
+}
+
+fn qcow2_file(sectors: u64) -> File {
+    let file = tempfile::tempfile().expect("a file");
+    let storage =
+        |file: &File| imago::file::File::try_from(file.try_clone().expect("again")).expect("a file");
+    let builder = Qcow2::<imago::file::File>::create_builder(storage(&file)).size(sectors * 512);
+    builder.create().expect("an image");
+    let image = Qcow2::<imago::file::File>::builder(storage(&file)).write(true);
+    let image = FormatAccess::new(image.open(DenyImplicitOpenGate::default()).expect("an image"));
+    image.write(&pattern(0, sectors), 0).expect("written");
+    image.flush().expect("written");
+    file
+}
+
+/// Another open file description of a file, as another process would have.
+fn file_again(file: &File) -> File {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("there")
 }
 
 impl Stage {

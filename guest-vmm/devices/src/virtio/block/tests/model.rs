@@ -4,7 +4,8 @@ use super::*;
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::*;
 
-const DISK: u64 = 64;
+/// Some more than two clusters of an overlay.
+const DISK: u64 = 260;
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -17,7 +18,7 @@ enum Step {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let place = || (0..DISK + 2, 0..9u64);
+    let place = || (0..DISK + 2, prop_oneof![0..9u64, 100..200u64]);
     let step = prop_oneof![
         4 => (place(), 1..600u32).prop_map(|((sector, sectors), cut)| Step::Read { sector, sectors, cut }),
         4 => (place(), any::<u64>(), 1..600usize)
@@ -29,6 +30,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => any::<bool>().prop_map(Step::Writeback),
     ];
     prop::collection::vec(step, 1..40)
+}
+
+fn backings() -> impl Strategy<Value = Backing> {
+    prop::sample::select(Backing::ALL.to_vec())
 }
 
 fn inside(sector: u64, sectors: u64) -> Option<std::ops::Range<usize>> {
@@ -85,17 +90,20 @@ fn go(stage: &mut Stage, model: &mut [u8], step: &Step) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
-    fn a_disk_is_a_vector_of_sectors(steps in steps()) {
-        let file = patterned_file(DISK);
-        let image = image(&file, true);
-        let mut stage = Stage::with(file, image, Shape::default());
+    fn a_disk_is_a_vector_of_sectors(backing in backings(), steps in steps()) {
+        let file = backing.file(DISK);
+        let image = backing.image(&file);
+        let mut stage = Stage::with(file_again(&file), image, Shape::default());
         let mut model = pattern(0, DISK);
         for step in &steps {
             go(&mut stage, &mut model, step);
         }
-        prop_assert!(stage.on_file(0, DISK) == model);
+        prop_assert!(stage.read(0, DISK) == (OK, model.clone()));
+        drop(stage);
+        let kept = if backing.is_overlay() { pattern(0, DISK) } else { model };
+        prop_assert!(backing.contents(&file, DISK) == kept);
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// Sends reads of so many sectors, each of four; by their first descriptors, the sector.
-fn send_reads(stage: &mut Stage, sectors: impl IntoIterator<Item = u64>) -> BTreeMap<u16, u64> {
+pub(super) fn send_reads(stage: &mut Stage, sectors: impl IntoIterator<Item = u64>) -> BTreeMap<u16, u64> {
     let mut send = |sector| {
         let header = header(VIRTIO_BLK_T_IN, sector);
         let head = stage.driver.send(0, &[Buffer::Out(&header), Buffer::In(2048), Buffer::In(1)]);
@@ -17,7 +17,7 @@ fn send_reads(stage: &mut Stage, sectors: impl IntoIterator<Item = u64>) -> BTre
     sectors.into_iter().map(&mut send).collect()
 }
 
-fn check(stage: &mut Stage, sent: &mut BTreeMap<u16, u64>, used: &Used) {
+pub(super) fn check(stage: &mut Stage, sent: &mut BTreeMap<u16, u64>, used: &Used) {
     let sector = sent.remove(&used.head).expect("answered once");
     let reply = stage.driver.take(used);
     assert_eq!((reply.data[2048], &reply.data[..2048]), (OK, &pattern(sector, 4)[..]));
