@@ -175,6 +175,9 @@ struct NetConfig {
   # What the guest is told of the network's MTU, 68 or more; 0: nothing.
   queuePairs @6 :UInt16 = 1;
   # How many queue pairs a vhostUser device has: 1 to 16. A TAP device has as many as descriptors, a stream has one.
+  limits @7 :RateLimits;
+  # Each way for itself, over all queue pairs. An operation is a frame, and its bytes are those from the destination's address on; one
+  # that is yet to be segmented (VIRTIO 1.3, 5.1.6.2) is one. What is too much waits. A vhostUser device has none: badConfig.
 }
 
 struct VsockConfig {

@@ -1,13 +1,12 @@
 //! Disks as the command line takes them: `path=FILE[,KEY=VALUE]…`.
 
 use crate::ending::{Outcome, Trouble};
-use crate::pairs::Pairs;
+use crate::pairs::{LIMITS, Pairs};
 use guest_client::{BlockConfig, BlockMode, Lifecycle, RateLimits};
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
-const KEYS: [&str; 9] =
-    ["path", "id", "readonly", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
+const KEYS: [&str; 5] = ["path", "id", "readonly", "format", "queues"];
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,15 +21,10 @@ pub struct Disk {
 
 /// Reads one `--disk`.
 pub fn parse(text: &str) -> Result<Disk, String> {
-    let pairs = Pairs::read(text, &KEYS)?;
+    let pairs = Pairs::read(text, &[&KEYS[..], &LIMITS].concat())?;
     pairs.text("format").map_or(Ok(()), format)?;
     let path = pairs.text("path").filter(|path| !path.is_empty()).ok_or("path=FILE is missing")?;
-    let limits = RateLimits {
-        bytes_per_second: pairs.size("bps")?.unwrap_or(0),
-        bytes_burst: pairs.size("bps-burst")?.unwrap_or(0),
-        operations_per_second: pairs.number("iops")?.unwrap_or(0),
-        operations_burst: pairs.number("iops-burst")?.unwrap_or(0),
-    };
+    let limits = pairs.limits()?;
     Ok(Disk {
         path: path.into(),
         id: pairs.text("id").unwrap_or_default().to_owned(),
