@@ -155,8 +155,8 @@ enum BlockMode {
 }
 
 struct NetConfig {
-  # A network device. Its link can be switched off and on at `device/link` of its unit's node in the inspection tree: `net0` is the first
-  # one's name. A back end that goes away takes the link down, and the guest goes on.
+  # A network device. Its link can be switched off and on at `units/net0/unit/device/link` in the inspection tree, if it is the first
+  # one. A back end that goes away takes the link down, and the guest goes on.
 
   mac @0 :Data;
   # 6 bytes: a unicast address that no other device of the guest has. Without any, a locally administered one is made up.

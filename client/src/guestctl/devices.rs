@@ -24,7 +24,7 @@ second, each way for itself (bps-burst, iops-burst: at once). BACKEND is one of
 Examples:
   guestctl run --kernel vmlinuz --initrd initrd.gz --net passt
   guestctl run --kernel vmlinuz --initrd initrd.gz --net tap=tap0,mac=02:00:00:00:00:01,queues=2 --cpus 2
-  guestctl update web net0/device/link false      (pulls the cable)";
+  guestctl update web units/net0/unit/device/link false      (pulls the cable)";
 
 /// The devices that a guest has beside its board.
 #[derive(Debug, Args)]
