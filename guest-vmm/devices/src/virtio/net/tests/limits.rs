@@ -39,6 +39,12 @@ fn frames_from_the_driver_are_held_back<P: Peer>() {
     for _ in 0..20 {
         bench.driver.wait_used(TRANSMIT);
     }
+    // By when frames have come in several times, the device has had its turns for those going out.
+    bench.offer(3, 2048);
+    for seed in 0..3 {
+        bench.peer().send([0; HEADER_BYTES], &frame(60, seed));
+        assert!(bench.received().1 == frame(60, seed));
+    }
     assert_holds_back(&mut bench, 20);
     // A stop does not wait for them, and they are still there after it.
     bench.driver.stop();
