@@ -38,7 +38,7 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 12] {
+fn roots() -> [Root; 14] {
     [
         Root::of::<BalloonState>(),
         Root::of::<BlockState>(),
