@@ -170,8 +170,8 @@ enum BlockMode {
 }
 
 struct NetConfig {
-  # A network device. Its link can be switched off and on at `device/link` of its unit's node in the inspection tree: `net0` is the first
-  # one's name. A back end that goes away takes the link down, and the guest goes on.
+  # A network device. Its link can be switched off and on at `units/net0/unit/device/link` in the inspection tree, if it is the first
+  # one. A back end that goes away takes the link down, and the guest goes on.
 
   mac @0 :Data;
   # 6 bytes: a unicast address that no other device of the guest has. Without any, a locally administered one is made up.
@@ -190,6 +190,9 @@ struct NetConfig {
   # What the guest is told of the network's MTU, 68 or more; 0: nothing.
   queuePairs @6 :UInt16 = 1;
   # How many queue pairs a vhostUser device has: 1 to 16. A TAP device has as many as descriptors, a stream has one.
+  limits @7 :RateLimits;
+  # Each way for itself, over all queue pairs. An operation is a frame, and its bytes are those from the destination's address on; one
+  # that is yet to be segmented (VIRTIO 1.3, 5.1.6.2) is one. What is too much waits. A vhostUser device has none: badConfig.
 }
 
 struct VsockConfig {

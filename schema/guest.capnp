@@ -347,7 +347,7 @@ struct DeviceError {
   device @0 :Text;
   # The device's state unit.
   operation @1 :Text;
-  # Of a disk: read, write, flush, discard, or "write of zeros".
+  # Of a disk: read, write, flush, discard, or "write of zeros". Of a network device: link, when its back end is gone.
   detail @2 :Text;
   # What the host says.
   suppressed @3 :UInt64;

@@ -1,7 +1,7 @@
 //! Network devices in a guest's config.
 
-use crate::ConfigFault;
 use crate::config_capnp::net_config as wire;
+use crate::{ConfigFault, RateLimits};
 use std::fmt;
 use std::str::FromStr;
 
@@ -74,12 +74,14 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// Where its frames come from and go to.
     pub backend: NetBackend,
+    /// How much may pass, each way for itself: frames, and their bytes.
+    pub limits: RateLimits,
 }
 
 impl NetConfig {
-    /// A device over this back end, with an address that is made up.
+    /// A device over this back end, with an address that is made up and without limits.
     pub fn new(backend: NetBackend) -> Self {
-        Self { mac: None, mtu: None, backend }
+        Self { mac: None, mtu: None, backend, limits: RateLimits::default() }
     }
 
     pub(crate) fn read_all(
@@ -123,7 +125,8 @@ impl NetConfig {
             }
         };
         let mtu = Some(reader.get_mtu()).filter(|mtu| *mtu != 0);
-        Ok(Some(Self { mac, mtu, backend }))
+        let limits = RateLimits::read(reader.get_limits()?);
+        Ok(Some(Self { mac, mtu, backend, limits }))
     }
 
     pub(crate) fn write_all<'a>(
@@ -140,11 +143,12 @@ impl NetConfig {
     }
 
     fn write(&self, mut builder: wire::Builder<'_>) {
-        let Self { mac, mtu, backend } = self;
+        let Self { mac, mtu, backend, limits } = self;
         if let Some(mac) = mac {
             builder.set_mac(&mac.0);
         }
         builder.set_mtu(mtu.unwrap_or(0));
+        limits.write(builder.reborrow().init_limits());
         if let NetBackend::VhostUser { queue_pairs, .. } = backend {
             builder.set_queue_pairs(*queue_pairs);
         }
@@ -178,9 +182,15 @@ mod tests {
     #[test]
     fn devices_come_back_as_they_were_written() {
         let mac = Some(MacAddress([2, 0, 0, 0, 0, 1]));
+        let limits = RateLimits {
+            bytes_per_second: 1,
+            bytes_burst: 2,
+            operations_per_second: 3,
+            operations_burst: u64::MAX,
+        };
         let devices = [
-            NetConfig { mac, mtu: Some(1400), backend: NetBackend::Tap(vec![7]) },
-            NetConfig { mac: None, mtu: None, backend: NetBackend::Tap(vec![1, 2, 3]) },
+            NetConfig { mac, mtu: Some(1400), backend: NetBackend::Tap(vec![7]), limits },
+            NetConfig::new(NetBackend::Tap(vec![1, 2, 3])),
             NetConfig::new(NetBackend::Tap(Vec::new())),
             NetConfig::new(NetBackend::Stream(u64::MAX)),
             NetConfig::new(NetBackend::VhostUser { socket: 3, queue_pairs: 4 }),

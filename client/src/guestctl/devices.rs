@@ -14,7 +14,8 @@ use net::{NetOption, OpenNet};
 
 /// What `--net` takes, with examples.
 pub const NET: &str = "\
---net BACKEND[,mac=ADDRESS][,mtu=BYTES][,queues=N]; may be given again. BACKEND is one of
+--net BACKEND[,mac=ADDRESS][,mtu=BYTES][,queues=N][,bps=SIZE][,iops=N]; may be given again. bps and iops limit bytes and frames a
+second, each way for itself (bps-burst, iops-burst: at once). BACKEND is one of
   passt              user networking: passt is started for the guest, and ends with it
   passt=SOCKET       the same from a passt that listens there, or anything in QEMU's framing of streams
   tap=NAME           a TAP device, made if there is none of that name
@@ -61,7 +62,7 @@ pub struct DeviceOptions {
     #[arg(long, value_name = "region=SIZE[,KEY=VALUE]...", value_parser = mem::parse)]
     pub mem: Option<MemDeviceConfig>,
     /// Give the guest a network device (virtio-net): passt, passt=SOCKET, tap=NAME, fd=N or vhost-user=SOCKET, with any of
-    /// ,mac=ADDRESS ,mtu=BYTES ,queues=N; may be given again
+    /// ,mac=ADDRESS ,mtu=BYTES ,queues=N ,bps=SIZE ,iops=N; may be given again
     #[arg(long, value_name = "BACKEND", value_parser = net::parse)]
     pub net: Vec<NetOption>,
 }

@@ -1,13 +1,12 @@
 //! Disks as the command line takes them: `path=FILE[,KEY=VALUE]…`.
 
 use crate::ending::{Outcome, Trouble};
-use crate::pairs::Pairs;
+use crate::pairs::{LIMITS, Pairs};
 use guest_client::{BlockConfig, BlockMode, ImageFormat, Lifecycle, RateLimits};
 use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
-const KEYS: [&str; 10] =
-    ["path", "id", "readonly", "volatile", "format", "bps", "bps-burst", "iops", "iops-burst", "queues"];
+const KEYS: [&str; 6] = ["path", "id", "readonly", "volatile", "format", "queues"];
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,14 +22,9 @@ pub struct Disk {
 
 /// Reads one `--disk`.
 pub fn parse(text: &str) -> Result<Disk, String> {
-    let pairs = Pairs::read(text, &KEYS)?;
+    let pairs = Pairs::read(text, &[&KEYS[..], &LIMITS].concat())?;
     let path = pairs.text("path").filter(|path| !path.is_empty()).ok_or("path=FILE is missing")?;
-    let limits = RateLimits {
-        bytes_per_second: pairs.size("bps")?.unwrap_or(0),
-        bytes_burst: pairs.size("bps-burst")?.unwrap_or(0),
-        operations_per_second: pairs.number("iops")?.unwrap_or(0),
-        operations_burst: pairs.number("iops-burst")?.unwrap_or(0),
-    };
+    let limits = pairs.limits()?;
     Ok(Disk {
         path: path.into(),
         id: pairs.text("id").unwrap_or_default().to_owned(),

@@ -1,7 +1,11 @@
 //! Options of several parts: `KEY=VALUE[,KEY=VALUE]…`. A comma ends a value.
 
 use crate::size;
+use guest_client::RateLimits;
 use std::str::FromStr;
+
+/// The keys of rate limits: bytes and operations a second, and their bursts.
+pub const LIMITS: [&str; 4] = ["bps", "bps-burst", "iops", "iops-burst"];
 
 /// The parts of an option, each key known and there once.
 #[derive(Debug, Clone)]
@@ -41,6 +45,17 @@ impl<'a> Pairs<'a> {
         let parse =
             |value: &str| value.parse().map_err(|_| format!("{key}: {value:?} is no number that can be"));
         self.text(key).map(parse).transpose()
+    }
+
+    /// Rate limits; none of what is not there.
+    pub fn limits(&self) -> Result<RateLimits, String> {
+        let [bps, bps_burst, iops, iops_burst] = LIMITS;
+        Ok(RateLimits {
+            bytes_per_second: self.size(bps)?.unwrap_or(0),
+            bytes_burst: self.size(bps_burst)?.unwrap_or(0),
+            operations_per_second: self.number(iops)?.unwrap_or(0),
+            operations_burst: self.number(iops_burst)?.unwrap_or(0),
+        })
     }
 
     /// `on` or `off`; off if it is not there.

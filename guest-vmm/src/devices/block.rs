@@ -131,7 +131,8 @@ fn unmade(index: usize, error: &dyn Error) -> Failure {
     failure.of_units(vec![name(index)])
 }
 
-fn rates(limits: guest_schema::RateLimits) -> RateLimits {
+/// The limits of a device as a config has them.
+pub(super) fn rates(limits: guest_schema::RateLimits) -> RateLimits {
     let guest_schema::RateLimits { bytes_per_second, bytes_burst, operations_per_second, operations_burst } =
         limits;
     RateLimits::new(

@@ -1,14 +1,16 @@
 //! Network devices.
 
-use super::RequestedDevices;
-use devices::virtio::net::{MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap};
-use guest_schema::{ConfigFault, Failure, GuestError, MacAddress, NetConfig, chain};
+use super::{RequestedDevices, block};
+use devices::virtio::net::{LinkEvent, LinkWatcher, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap};
+use guest_schema::{ConfigFault, DeviceError, Failure, GuestError, MacAddress, NetConfig, RateLimits, chain};
 use guest_transport::Descriptors;
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType, getpeername};
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tokio::sync::mpsc;
 
 /// The most network devices of a guest.
 const MAX_DEVICES: usize = 32;
@@ -18,6 +20,7 @@ pub(super) struct RequestedNet {
     mac: Option<MacAddress>,
     mtu: Option<u16>,
     backend: NetBackend,
+    limits: RateLimits,
 }
 
 /// Takes the devices' descriptors. What of the devices cannot be is a fault.
@@ -28,10 +31,10 @@ pub(super) fn take(
 ) -> Vec<RequestedNet> {
     faults.extend(value_faults(devices));
     let mut taken = Vec::new();
-    for (index, NetConfig { mac, mtu, backend }) in devices.iter().enumerate() {
+    for (index, NetConfig { mac, mtu, backend, limits }) in devices.iter().enumerate() {
         let field = |kind: &str| format!("net[{index}].backend.{kind}");
         match back_end(backend, descriptors) {
-            Ok(backend) => taken.push(RequestedNet { mac: *mac, mtu: *mtu, backend }),
+            Ok(backend) => taken.push(RequestedNet { mac: *mac, mtu: *mtu, backend, limits: *limits }),
             Err((kind, problem)) => faults.push(ConfigFault::new(field(kind), problem)),
         }
     }
@@ -83,7 +86,7 @@ fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
         faults.push(ConfigFault::new("net", problem));
     }
     let mut known = BTreeMap::new();
-    for (index, NetConfig { mac, mtu, backend }) in devices.iter().enumerate() {
+    for (index, NetConfig { mac, mtu, backend, limits }) in devices.iter().enumerate() {
         let mut fault = |field: &str, problem: String| {
             faults.push(ConfigFault::new(format!("net[{index}].{field}"), problem));
         };
@@ -96,6 +99,10 @@ fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
         }
         if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
             fault("mtu", format!("{mtu} is below the least of {MIN_MTU}"));
+        }
+        let is_vhost_user = matches!(backend, guest_schema::NetBackend::VhostUser { .. });
+        if is_vhost_user && *limits != RateLimits::default() {
+            fault("limits", "a vhost-user back end keeps to none".into());
         }
         let (field, pairs) = match backend {
             guest_schema::NetBackend::Tap(numbers) => ("backend.tapQueues", numbers.len()),
@@ -113,7 +120,7 @@ fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
 
 /// Adds the devices.
 pub(super) fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> Result<(), Failure> {
-    for (index, RequestedNet { mac, mtu, backend }) in taken.into_iter().enumerate() {
+    for (index, RequestedNet { mac, mtu, backend, limits }) in taken.into_iter().enumerate() {
         let name = format!("net{index}");
         let failure = |error: &dyn std::error::Error| {
             let detail = format!("{name}: {}", chain(error));
@@ -123,12 +130,22 @@ pub(super) fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> R
             Some(mac) => mac,
             None => made_up().map_err(|error| failure(&error))?,
         };
-        let spec = NetSpec { mac: mac.0, mtu, backend, watcher: None };
+        let watcher = Some(watcher(name.clone(), devices.told.clone()));
+        let spec = NetSpec { mac: mac.0, mtu, backend, rates: Arc::new(block::rates(limits)), watcher };
         // The link is switched by its node in the inspection tree.
         let (spec, _link) = Net::spec(&name, spec).map_err(|error| failure(&error))?;
         devices.specs.push(spec);
     }
     Ok(())
+}
+
+/// Tells of a link that was lost, as of a request that a disk has failed.
+fn watcher(device: String, errors: mpsc::Sender<DeviceError>) -> LinkWatcher {
+    Box::new(move |LinkEvent::BackendGone(detail)| {
+        let error = DeviceError { device: device.clone(), operation: "link".into(), detail, suppressed: 0 };
+        // A log that cannot take them all is no reason to keep the device waiting.
+        drop(errors.try_send(error));
+    })
 }
 
 /// An address that nobody else has, most likely: 46 random bits.
@@ -144,7 +161,28 @@ mod tests {
     use guest_schema::NetBackend as Backend;
 
     fn device(mac: Option<[u8; 6]>, mtu: Option<u16>, backend: Backend) -> NetConfig {
-        NetConfig { mac: mac.map(MacAddress), mtu, backend }
+        NetConfig { mac: mac.map(MacAddress), mtu, ..NetConfig::new(backend) }
+    }
+
+    fn limited(backend: Backend) -> NetConfig {
+        let limits = RateLimits { operations_per_second: 1, ..RateLimits::default() };
+        NetConfig { limits, ..NetConfig::new(backend) }
+    }
+
+    #[test]
+    fn a_lost_link_is_told() {
+        let (errors, mut told) = mpsc::channel(1);
+        let watcher = watcher("net3".into(), errors);
+        watcher(LinkEvent::BackendGone("it was closed".into()));
+        watcher(LinkEvent::BackendGone("there is no room for a second".into()));
+        let expected = DeviceError {
+            device: "net3".into(),
+            operation: "link".into(),
+            detail: "it was closed".into(),
+            suppressed: 0,
+        };
+        assert_eq!(told.try_recv(), Ok(expected));
+        assert!(told.try_recv().is_err());
     }
 
     #[test]
@@ -156,6 +194,8 @@ mod tests {
             device(Some([1, 0, 0, 0, 0, 1]), None, Backend::Tap(vec![0; 17])),
             device(None, None, Backend::VhostUser { socket: 0, queue_pairs: 0 }),
             device(None, Some(u16::MAX), Backend::VhostUser { socket: 0, queue_pairs: 16 }),
+            limited(Backend::VhostUser { socket: 0, queue_pairs: 1 }),
+            limited(Backend::Stream(0)),
         ];
         let faults: Vec<_> = value_faults(&devices).iter().map(ToString::to_string).collect();
         assert_eq!(
@@ -167,6 +207,7 @@ mod tests {
                 "net[2].mac: 01:00:00:00:00:01 is no unicast address",
                 "net[2].backend.tapQueues: 17 queue pairs are not from 1 to 16",
                 "net[3].queuePairs: 0 queue pairs are not from 1 to 16",
+                "net[5].limits: a vhost-user back end keeps to none",
             ]
         );
         let many = vec![device(None, None, Backend::Stream(0)); 33];

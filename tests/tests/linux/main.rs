@@ -6,6 +6,7 @@ mod block;
 mod board;
 mod console;
 mod mem;
+mod net;
 mod rng;
 mod vsock;
 
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         test("a_named_port_carries_bytes_both_ways", console::a_named_port_carries_bytes_both_ways),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
         test("memory_is_plugged_and_unplugged", mem::memory_is_plugged_and_unplugged),
+        test("linux_talks_over_tap_and_passt", net::linux_talks_over_tap_and_passt),
         test("linux_connects_and_is_connected_to", vsock::linux_connects_and_is_connected_to),
         test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
         test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),

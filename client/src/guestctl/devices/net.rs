@@ -2,7 +2,8 @@
 
 use super::tap;
 use crate::ending::{Outcome, Trouble};
-use guest_client::{Lifecycle, MacAddress, NetBackend, NetConfig};
+use crate::pairs::{LIMITS, Pairs};
+use guest_client::{Lifecycle, MacAddress, NetBackend, NetConfig, RateLimits};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -31,12 +32,14 @@ pub struct NetOption {
     mac: Option<MacAddress>,
     mtu: Option<u16>,
     queues: u16,
+    limits: RateLimits,
 }
 
 /// A network device whose back end is open.
 pub struct OpenNet {
     mac: Option<MacAddress>,
     mtu: Option<u16>,
+    limits: RateLimits,
     backend: OpenBackend,
 }
 
@@ -48,17 +51,12 @@ enum OpenBackend {
 
 /// Reads one `--net`.
 pub fn parse(text: &str) -> Result<NetOption, String> {
-    let mut words = text.split(',');
-    let backend = backend(words.next().unwrap_or_default())?;
-    let mut option = NetOption { backend, mac: None, mtu: None, queues: 1 };
-    for word in words {
-        match word.split_once('=') {
-            Some(("mac", mac)) => option.mac = Some(mac.parse().map_err(|error| format!("mac: {error}"))?),
-            Some(("mtu", mtu)) => option.mtu = Some(number("mtu", mtu)?),
-            Some(("queues", queues)) => option.queues = number("queues", queues)?,
-            _ => return Err(format!("{word:?} is none of mac=ADDRESS, mtu=BYTES and queues=N")),
-        }
-    }
+    let (word, rest) = text.split_once(',').unwrap_or((text, ""));
+    let backend = backend(word)?;
+    let pairs = Pairs::read(rest, &[&["mac", "mtu", "queues"][..], &LIMITS].concat())?;
+    let mac = pairs.text("mac").map(str::parse).transpose().map_err(|error| format!("mac: {error}"))?;
+    let (mtu, queues) = (pairs.number("mtu")?, pairs.number("queues")?.unwrap_or(1));
+    let option = NetOption { backend, mac, mtu, queues, limits: pairs.limits()? };
     let several = matches!(option.backend, BackendOption::Tap(_) | BackendOption::VhostUser(_));
     if option.queues == 0 || option.queues > 1 && !several {
         return Err(format!("queues={}: only tap and vhost-user have more than one", option.queues));
@@ -94,7 +92,7 @@ fn number<T: std::str::FromStr>(name: &str, text: &str) -> Result<T, String> {
 impl NetOption {
     /// Opens the back end, with the user's own rights.
     pub fn open(&self) -> Outcome<OpenNet> {
-        let &Self { ref backend, mac, mtu, queues } = self;
+        let &Self { ref backend, mac, mtu, queues, limits } = self;
         let backend = match backend {
             BackendOption::Passt => OpenBackend::Stream(passt()?),
             BackendOption::Stream(path) => OpenBackend::Stream(connect(path)?),
@@ -102,14 +100,14 @@ impl NetOption {
             BackendOption::Inherited(numbers) => inherited(numbers)?,
             BackendOption::VhostUser(path) => OpenBackend::VhostUser(connect(path)?, queues),
         };
-        Ok(OpenNet { mac, mtu, backend })
+        Ok(OpenNet { mac, mtu, limits, backend })
     }
 }
 
 impl OpenNet {
     /// The device in a config for this lifecycle.
     pub fn config(self, lifecycle: &Lifecycle) -> Outcome<NetConfig> {
-        let Self { mac, mtu, backend } = self;
+        let Self { mac, mtu, limits, backend } = self;
         let pass = |descriptor| {
             let problem = "--net: no descriptors go through the service; leave out --proxied";
             lifecycle.descriptor(descriptor).ok_or_else(|| Trouble::Usage(problem.into()))
@@ -123,7 +121,7 @@ impl OpenNet {
                 NetBackend::VhostUser { socket: pass(socket)?, queue_pairs }
             }
         };
-        Ok(NetConfig { mac, mtu, backend })
+        Ok(NetConfig { mac, mtu, backend, limits })
     }
 }
 
@@ -181,9 +179,22 @@ mod tests {
             ("fd=3:7", BackendOption::Inherited(vec![3, 7])),
             ("vhost-user=a", BackendOption::VhostUser("a".into())),
         ] {
-            assert_eq!(parse(text), Ok(NetOption { backend, mac: None, mtu: None, queues: 1 }), "{text}");
+            let limits = RateLimits::default();
+            assert_eq!(
+                parse(text),
+                Ok(NetOption { backend, mac: None, mtu: None, queues: 1, limits }),
+                "{text}"
+            );
         }
-        let all = parse("tap=t,mac=02:00:00:00:00:01,mtu=1400,queues=4").expect("valid");
+        let all = "tap=t,mac=02:00:00:00:00:01,mtu=1400,queues=4,bps=1M,bps-burst=2M,iops=3,iops-burst=4";
+        let all = parse(all).expect("valid");
+        let limits = RateLimits {
+            bytes_per_second: 1 << 20,
+            bytes_burst: 2 << 20,
+            operations_per_second: 3,
+            operations_burst: 4,
+        };
+        assert_eq!(all.limits, limits);
         assert_eq!(all.mac, Some(MacAddress([2, 0, 0, 0, 0, 1])));
         assert_eq!((all.mtu, all.queues), (Some(1400), 4));
     }
@@ -201,7 +212,8 @@ mod tests {
             ("fd=", "fd"),
             ("tap=t,mtu=70000", "\"70000\""),
             ("tap=t,mac=1", "mac: \"1\""),
-            ("tap=t,speed=1", "\"speed=1\""),
+            ("tap=t,speed=1", "\"speed\""),
+            ("tap=t,bps=fast", "bps"),
             ("tap=t,queues=0", "queues=0"),
             ("passt,queues=2", "queues=2"),
         ] {

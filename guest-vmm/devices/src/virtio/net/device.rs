@@ -91,10 +91,10 @@ impl VirtioDevice for NetDevice {
     }
 }
 
-/// Shows the link, which can be switched off and on at `link`, and what has gone through it.
+/// Shows the link, which can be switched off and on at `link`, the rates, which can be written, and what has gone through it.
 impl InspectMut for NetDevice {
     fn inspect_mut(&mut self, request: Request<'_>) {
-        let Shared { link, received, transmitted, .. } = &*self.shared;
+        let Shared { link, rates, received, transmitted, .. } = &*self.shared;
         let mut response = request.respond();
         response
             .writable(
@@ -108,6 +108,7 @@ impl InspectMut for NetDevice {
             .field_with("backend", || link.gone().map_or("there".into(), |reason| format!("gone: {reason}")))
             .field("mtu", &self.mtu)
             .field("queue_pairs", &self.pairs)
+            .field("limits", rates)
             .field("received", received)
             .field("transmitted", transmitted);
         let setup = *self.shared.setup();

@@ -1,5 +1,6 @@
 //! What all of a device's queues have in common while they are served.
 
+use super::allowance::Limiters;
 use super::header::{LINK_BYTES, MAX_FRAME, accepted};
 use super::shared::Shared;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MTU;
@@ -12,6 +13,7 @@ pub(super) struct Lane<'a> {
     /// What the driver has accepted.
     pub features: u64,
     pub mtu: Option<u16>,
+    pub limiters: &'a Limiters,
     pub shared: &'a Shared,
 }
 

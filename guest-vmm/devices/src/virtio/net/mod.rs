@@ -4,6 +4,7 @@
 //!   and passt
 //! - [`Link`] is the host's end of it: switches it off and on, and says whether the back end is there
 //! - queue pairs, each with a port of the back end: `receive` and `room`, `transmit`; `control` answers the control queue
+//! - `allowance` holds frames back that are more than the rate limits let pass
 //! - `header` says what a driver may put before a frame, `vectored` moves frames between descriptor and guest memory
 //!
 //! A frame that cannot be is dropped and counted; a chain that cannot be is a fault, at which the device needs a reset. A back end that
@@ -12,6 +13,7 @@
 //! Limits: no receive filters (every frame that the back end has goes to the driver), no VLAN filters, no RSS, no UDP segmentation;
 //! all queues share the I/O thread, so several pairs spread the guest's work, not the host's.
 
+mod allowance;
 mod control;
 mod device;
 mod header;
@@ -36,7 +38,9 @@ pub use shared::MacAddress;
 pub use tap::{Tap, TapError};
 pub use worker::NetWorker;
 
+use super::rate_limit::RateLimits;
 use super::{Interrupt, VirtioSpec};
+use allowance::Limiters;
 use port::Port;
 use shared::Shared;
 use std::fmt;
@@ -80,15 +84,23 @@ pub struct NetSpec {
     pub mtu: Option<u16>,
     /// Where frames come from and go to.
     pub backend: NetBackend,
+    /// How much may pass, each way: frames, and their bytes from the destination's address on. A frame that is yet to be segmented
+    /// counts as one. What is too much waits: in the queue, or in the back end.
+    pub rates: Arc<RateLimits>,
     /// Told of what happens to the link by itself.
     pub watcher: Option<LinkWatcher>,
 }
 
 impl fmt::Debug for NetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mac, mtu, backend, watcher: _ } = self;
+        let Self { mac, mtu, backend, rates, watcher: _ } = self;
         let mut shown = f.debug_struct("NetSpec");
-        shown.field("mac", mac).field("mtu", mtu).field("backend", backend).finish_non_exhaustive()
+        shown
+            .field("mac", mac)
+            .field("mtu", mtu)
+            .field("backend", backend)
+            .field("rates", rates)
+            .finish_non_exhaustive()
     }
 }
 
@@ -102,16 +114,17 @@ impl Net {
     /// # Errors
     /// If the back end's descriptor cannot be made non-blocking.
     pub fn spec(name: impl Into<String>, spec: NetSpec) -> io::Result<(VirtioSpec, Link)> {
-        let NetSpec { mac, mtu, backend, watcher } = spec;
+        let NetSpec { mac, mtu, backend, rates, watcher } = spec;
         let (ports, offloads) = ports(backend)?;
         let pairs = u16::try_from(ports.len()).map_err(io::Error::other)?;
         let interrupt = Arc::new(Interrupt::default());
         let link = Link::new(interrupt.clone(), watcher);
-        let shared = Arc::new(Shared::new(link.clone(), mac));
+        let limiters = Limiters::new(&rates);
+        let shared = Arc::new(Shared::new(link.clone(), mac, rates));
         let several = if pairs > 1 { 1 << VIRTIO_NET_F_MQ } else { 0 };
         let told = if mtu.is_some() { 1 << VIRTIO_NET_F_MTU } else { 0 };
         let features = OWN_FEATURES | offloads | several | told;
-        let worker = NetWorker { ports, mtu, shared: shared.clone() };
+        let worker = NetWorker { ports, mtu, limiters, shared: shared.clone() };
         let device = NetDevice { features, pairs, mtu, mac, shared };
         Ok((VirtioSpec::new(name, device, worker, interrupt), link))
     }

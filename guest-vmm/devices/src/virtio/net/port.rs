@@ -159,6 +159,11 @@ pub(super) enum Outgoing {
 }
 
 impl Outgoing {
+    /// Whether a frame is sent in part: the rest goes out with the next [`send`](Self::send), be it of no frames.
+    pub(super) fn is_cut(&self) -> bool {
+        matches!(self, Self::Stream(stream) if stream.is_cut())
+    }
+
     /// Sends what of `frames` can be sent now; `None` stands for a frame that cannot be, and counts as sent.
     pub(super) fn send(&mut self, descriptor: BorrowedFd<'_>, frames: &[Option<Frame<'_>>]) -> Sent {
         match self {

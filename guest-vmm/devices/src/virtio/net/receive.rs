@@ -1,8 +1,10 @@
 //! Frames to the driver: from the back end into a queue's buffers (5.1.6.4).
 //!
 //! Frames that have no buffers wait in the back end. A frame without room in all the buffers that there can be is dropped, and so is
-//! one that is longer than the MTU that the driver was told.
+//! one that is longer than the MTU that the driver was told. How long a frame is shows only once it is received, so it is paid for
+//! before the next one: the rate limits hold on the average.
 
+use super::allowance::Allowance;
 use super::header::MAX_FRAME;
 use super::lane::Lane;
 use super::port::{Descriptor, Incoming, PortError};
@@ -19,6 +21,9 @@ pub(super) struct Receiving<'a> {
     descriptor: &'a Descriptor,
     incoming: &'a mut Incoming,
     room: Room<'a>,
+    allowance: Allowance<'a>,
+    /// The bytes of a frame that is not paid for yet.
+    owed: Option<usize>,
     lane: Lane<'a>,
 }
 
@@ -28,6 +33,8 @@ enum Turn {
     Frame,
     NoFrame,
     NoBuffers,
+    /// The rate limits let no more pass now.
+    Limited,
     Gone(String),
 }
 
@@ -38,7 +45,8 @@ impl<'a> Receiving<'a> {
         incoming: &'a mut Incoming,
         lane: Lane<'a>,
     ) -> Self {
-        Self { descriptor, incoming, room: Room::new(queue, lane), lane }
+        let allowance = Allowance::new(&lane.limiters.receive);
+        Self { descriptor, incoming, room: Room::new(queue, lane), allowance, owed: None, lane }
     }
 
     /// Receives until it is dropped, or the driver does what it may not. May be cancelled at any time.
@@ -54,6 +62,10 @@ impl<'a> Receiving<'a> {
                 Turn::NoBuffers => {
                     drop(ready);
                     self.room.queue.rung().await?;
+                }
+                Turn::Limited => {
+                    drop(ready);
+                    self.allowance.wait_for(self.owed.unwrap_or(0)).await;
                 }
                 Turn::Gone(reason) => self.lane.shared.link.lose(&reason),
             }
@@ -74,6 +86,10 @@ impl<'a> Receiving<'a> {
     }
 
     fn turn(&mut self) -> Result<Turn, DeviceFault> {
+        if self.owed.is_some_and(|bytes| !self.allowance.take(bytes)) {
+            return Ok(Turn::Limited);
+        }
+        self.owed = None;
         let Some(descriptor) = self.descriptor.get() else {
             return Ok(Turn::Gone("it cannot be waited for".into()));
         };
@@ -113,6 +129,7 @@ impl<'a> Receiving<'a> {
             }
             Ok(direct) => {
                 self.room.deliver(direct.header, direct.bytes, &[])?;
+                self.owed = Some(direct.bytes);
                 Ok(Ok(Turn::Frame))
             }
             Err(error) => Ok(Err(error)),
@@ -133,6 +150,7 @@ impl<'a> Receiving<'a> {
         let taken = fits && (frame.len() <= self.lane.max_frame() || header.is_segmented());
         if taken {
             self.room.deliver(header, frame.len(), frame)?;
+            self.owed = Some(frame.len());
         }
         self.incoming.consume();
         Ok(if taken { Ok(Turn::Frame) } else { Err(PortError::Frame) })

@@ -1,9 +1,10 @@
 //! What a network device's registers and its worker share.
 
 use super::link::Link;
+use crate::virtio::rate_limit::RateLimits;
 use inspect::{Inspect, Request};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A hardware address.
 pub type MacAddress = [u8; 6];
@@ -93,6 +94,7 @@ impl Announcement {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub link: Link,
+    pub rates: Arc<RateLimits>,
     setup: Mutex<DriverSetup>,
     pub announcement: Announcement,
     /// Frames to the driver, and from it.
@@ -101,10 +103,11 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(link: Link, mac: MacAddress) -> Self {
+    pub(super) fn new(link: Link, mac: MacAddress, rates: Arc<RateLimits>) -> Self {
         let setup = Mutex::new(DriverSetup::new(mac));
         Self {
             link,
+            rates,
             setup,
             announcement: Announcement::default(),
             received: Counters::default(),

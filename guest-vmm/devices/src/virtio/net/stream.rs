@@ -109,16 +109,29 @@ pub(super) struct StreamOutgoing {
 impl StreamOutgoing {
     pub(super) fn send(&mut self, socket: BorrowedFd<'_>, frames: &[Option<Frame<'_>>]) -> Sent {
         let mut sent = Sent { count: 0, dropped: 0, stopped: None };
-        while sent.stopped.is_none() && sent.count < frames.len() {
-            sent.stopped = self.flush(socket).err();
-            if sent.stopped.is_none() {
-                match self.send_some(socket, &frames[sent.count..]) {
-                    Ok(count) => sent.count += count,
-                    Err(error) => sent.stopped = Some(error),
-                }
-            }
-        }
+        sent.stopped = self.send_all(socket, frames, &mut sent.count).err();
         sent
+    }
+
+    /// Sends frames, and the rests of those that are cut; `count` grows by those that were begun.
+    fn send_all(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        frames: &[Option<Frame<'_>>],
+        count: &mut usize,
+    ) -> Result<(), PortError> {
+        loop {
+            self.flush(socket)?;
+            if *count == frames.len() {
+                return Ok(());
+            }
+            *count += self.send_some(socket, &frames[*count..])?;
+        }
+    }
+
+    /// Whether there is the rest of a frame to be sent.
+    pub(super) fn is_cut(&self) -> bool {
+        !self.rest.is_empty()
     }
 
     /// Sends the rest of what was begun.

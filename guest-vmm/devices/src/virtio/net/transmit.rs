@@ -1,8 +1,9 @@
 //! Frames from the driver: from a queue's buffers to the back end (5.1.6.2).
 //!
-//! What the back end does not take now waits in the queue. Frames that cannot be, and all while the link is down, are dropped: on a
+//! What the back end does not take now, and what the rate limits hold back, waits in the queue. Frames that cannot be, and all while the link is down, are dropped: on a
 //! wire they would be lost too.
 
+use super::allowance::Allowance;
 use super::header::{HEADER_BYTES, Header};
 use super::lane::Lane;
 use super::port::{Descriptor, Frame, Outgoing, PortError, Sent, slices};
@@ -20,6 +21,7 @@ pub(super) struct Transmitting<'a> {
     queue: &'a mut VirtQueue,
     descriptor: &'a Descriptor,
     outgoing: &'a mut Outgoing,
+    allowance: Allowance<'a>,
     lane: Lane<'a>,
 }
 
@@ -28,6 +30,21 @@ enum Turn {
     Frames,
     NoFrame,
     Blocked,
+    /// The rate limits do not let the next frame, of so many bytes, pass now.
+    Limited(usize),
+}
+
+/// Chains with the frames in them; `None` for one that the driver may not send.
+struct Batch<'a> {
+    chains: Vec<Chain>,
+    frames: Vec<Option<Frame<'a>>>,
+    /// The bytes of the frame behind them that the rate limits hold back.
+    held: Option<usize>,
+}
+
+/// The bytes that a frame counts for.
+fn cost(frame: Option<&Frame<'_>>) -> usize {
+    frame.map_or(0, |frame| frame.bytes)
 }
 
 impl<'a> Transmitting<'a> {
@@ -37,7 +54,8 @@ impl<'a> Transmitting<'a> {
         outgoing: &'a mut Outgoing,
         lane: Lane<'a>,
     ) -> Self {
-        Self { queue, descriptor, outgoing, lane }
+        let allowance = Allowance::new(&lane.limiters.transmit);
+        Self { queue, descriptor, outgoing, allowance, lane }
     }
 
     /// Transmits until it is dropped, or the driver does what it may not. May be cancelled at any time.
@@ -47,6 +65,7 @@ impl<'a> Transmitting<'a> {
                 Turn::Frames => tokio::task::yield_now().await,
                 Turn::NoFrame => self.queue.rung().await?,
                 Turn::Blocked => self.wait_for_room().await?,
+                Turn::Limited(bytes) => self.allowance.wait_for(bytes).await,
             }
         }
     }
@@ -62,19 +81,15 @@ impl<'a> Transmitting<'a> {
 
     /// Takes some frames and sends them.
     fn turn(&mut self) -> Result<Turn, DeviceFault> {
-        let mut chains = Vec::with_capacity(BATCH);
-        while chains.len() < BATCH
-            && let Some(chain) = self.queue.try_next()?
-        {
-            chains.push(chain);
+        let Batch { mut chains, frames, held } = self.take()?;
+        let cut = self.outgoing.is_cut() && !self.lane.shared.link.is_gone();
+        if chains.is_empty() && !cut {
+            return Ok(held.map_or(Turn::NoFrame, Turn::Limited));
         }
-        if chains.is_empty() {
-            return Ok(Turn::NoFrame);
-        }
-        let frames = chains.iter().map(|chain| self.frame(chain)).collect::<Result<Vec<_>, _>>()?;
         let Sent { count, stopped, .. } = self.send(&frames);
-        while chains.len() > count {
-            self.queue.put_back(chains.pop().expect("more than none"));
+        for frame in frames[count..].iter().rev() {
+            self.queue.put_back(chains.pop().expect("one for each frame"));
+            self.allowance.give_back(cost(frame.as_ref()));
         }
         self.queue.complete_together(chains.into_iter().map(|chain| (chain, 0)))?;
         self.queue.signal()?;
@@ -86,12 +101,35 @@ impl<'a> Transmitting<'a> {
         Ok(Turn::Frames)
     }
 
+    /// Takes what may pass now.
+    fn take(&mut self) -> Result<Batch<'a>, DeviceFault> {
+        let (chains, frames) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
+        let mut batch = Batch { chains, frames, held: None };
+        while batch.chains.len() < BATCH
+            && let Some(chain) = self.queue.try_next()?
+        {
+            let frame = self.frame(&chain)?;
+            let bytes = cost(frame.as_ref());
+            if !self.allowance.take(bytes) {
+                self.queue.put_back(chain);
+                batch.held = Some(bytes);
+                break;
+            }
+            batch.chains.push(chain);
+            batch.frames.push(frame);
+        }
+        Ok(batch)
+    }
+
     /// Sends what can be sent, and counts.
     fn send(&mut self, frames: &[Option<Frame<'a>>]) -> Sent {
-        let counters = &self.lane.shared.transmitted;
-        let Some(descriptor) = self.descriptor.get().filter(|_| self.lane.shared.link.is_up()) else {
+        let (counters, link) = (&self.lane.shared.transmitted, &self.lane.shared.link);
+        let descriptor = self.descriptor.get().filter(|_| !link.is_gone());
+        let Some(descriptor) = descriptor.filter(|_| link.is_up()) else {
             counters.drop(frames.len());
-            return Sent { count: frames.len(), dropped: frames.len(), stopped: None };
+            // What was begun while the link was up is ended: the other end would be out of step.
+            let stopped = descriptor.and_then(|descriptor| self.outgoing.send(descriptor, &[]).stopped);
+            return Sent { count: frames.len(), dropped: frames.len(), stopped };
         };
         let sent = self.outgoing.send(descriptor, frames);
         let done = &frames[..sent.count];

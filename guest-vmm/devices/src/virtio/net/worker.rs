@@ -4,6 +4,7 @@
 //! each moves a bounded number of frames. Nothing is under way while they wait but buffers for frames to come, so stopping is
 //! dropping what waits.
 
+use super::allowance::Limiters;
 use super::control::Control;
 use super::header::accepted;
 use super::lane::Lane;
@@ -22,6 +23,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOU
 pub struct NetWorker {
     pub(super) ports: Vec<Port>,
     pub(super) mtu: Option<u16>,
+    pub(super) limiters: Limiters,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -65,10 +67,10 @@ impl NetWorker {
 
     /// Serves the queue pairs that the driver uses, until it uses another number of them.
     async fn serve(&mut self, session: &mut Session) -> Result<(), DeviceFault> {
-        let Self { ports, mtu, shared } = self;
+        let Self { ports, mtu, limiters, shared } = self;
         let Session { queues, memory, features, .. } = session;
         let features = *features;
-        let lane = Lane { memory, features, mtu: *mtu, shared };
+        let lane = Lane { memory, features, mtu: *mtu, limiters, shared };
         let most = if accepted(features, VIRTIO_NET_F_MQ) { ports.len() } else { 1 };
         let (queues, control) = queues.split_at_mut(2 * most);
         let mut pairs: Vec<Pair<'_>> = queues.chunks_exact_mut(2).map_while(pair).collect();

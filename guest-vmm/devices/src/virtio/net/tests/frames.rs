@@ -207,3 +207,23 @@ fn many_frames_keep_their_order() {
         echo.join().unwrap();
     }
 }
+
+/// The socket takes a part of the only frame there is: the rest follows by itself.
+#[test]
+fn the_rest_of_a_frame_needs_no_other_frame() {
+    for switched_off in [false, true] {
+        let (ours, its) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&its, 8192).unwrap();
+        let (spec, told) = spec(NetBackend::Stream(its.into()), None);
+        let (spec, link) = Net::spec("net0", spec).unwrap();
+        let mut bench = Bench { driver: FakeDriver::ready(spec, MERGED), peers: vec![ours], link, told };
+        bench.transmit(&frame(60_000, 1));
+        // A frame that was begun is ended, whatever becomes of the link.
+        bench.link.set_enabled(!switched_off);
+        assert!(bench.peer().receive().1 == frame(60_000, 1));
+        bench.link.set_enabled(true);
+        bench.transmit(&frame(60, 2));
+        assert!(bench.peer().receive().1 == frame(60, 2));
+    }
+}

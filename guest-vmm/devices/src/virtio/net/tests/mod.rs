@@ -3,12 +3,14 @@
 mod control;
 mod frames;
 mod hostile;
+mod limits;
 mod link;
 mod state;
 
 use super::header::HEADER_BYTES;
 use super::{Link, LinkEvent, Net, NetBackend, NetSpec, Tap};
 use crate::virtio::fake_driver::{Buffer, FakeDriver, PATIENCE, Used};
+use crate::virtio::rate_limit::{Rate, RateLimits};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use std::io::{Read, Write};
@@ -127,7 +129,7 @@ fn spec(backend: NetBackend, mtu: Option<u16>) -> (NetSpec, Told) {
     let told = Told::default();
     let teller = told.clone();
     let watcher = Box::new(move |event| teller.lock().unwrap().push(event));
-    (NetSpec { mac: MAC, mtu, backend, watcher: Some(watcher) }, told)
+    (NetSpec { mac: MAC, mtu, backend, rates: Arc::default(), watcher: Some(watcher) }, told)
 }
 
 impl<P: Peer> Bench<P> {
