@@ -24,17 +24,44 @@ const STEPS: usize = 64;
 #[derive(Arbitrary, Debug)]
 enum Step {
     /// A control message, most often of a kind that there is.
-    Tell { port: u8, event: u8, value: u8 },
+    Tell {
+        port: u8,
+        event: u8,
+        value: u8,
+    },
     /// A buffer with these bytes for a queue, whatever that is for.
-    Send { queue: u8, bytes: Vec<u8> },
+    Send {
+        queue: u8,
+        bytes: Vec<u8>,
+    },
     /// A buffer with room.
-    Receive { queue: u8, room: u16 },
+    Receive {
+        queue: u8,
+        room: u16,
+    },
     /// Descriptors that no driver writes.
-    Raw { queue: u8, address: u64, length: u32, flags: u8, next: u16 },
-    Push { port: u8, count: u16 },
-    Resize { columns: u16, rows: u16 },
-    WriteConfig { offset: u8, value: u32 },
-    Initialize { features: u64 },
+    Raw {
+        queue: u8,
+        address: u64,
+        length: u32,
+        flags: u8,
+        next: u16,
+    },
+    Push {
+        port: u8,
+        count: u16,
+    },
+    Resize {
+        columns: u16,
+        rows: u16,
+    },
+    WriteConfig {
+        offset: u8,
+        value: u32,
+    },
+    Initialize {
+        features: u64,
+    },
     StopAndStart,
     SaveAndRestore,
 }
@@ -74,8 +101,12 @@ impl Play {
                 self.send(queue.into(), &[Buffer::Out(&bytes[..bytes.len().min(MOST_BYTES)])]);
             }
             Step::Send { .. } => {}
-            Step::Receive { queue, room } => self.send(queue.into(), &[Buffer::In(u32::from(room) % 8192 + 1)]),
-            Step::Raw { queue, address, length, flags, next } => self.raw(queue.into(), address, length, flags, next),
+            Step::Receive { queue, room } => {
+                self.send(queue.into(), &[Buffer::In(u32::from(room) % 8192 + 1)])
+            }
+            Step::Raw { queue, address, length, flags, next } => {
+                self.raw(queue.into(), address, length, flags, next)
+            }
             Step::Push { port, count } => self.push(usize::from(port) % 3, usize::from(count) % MOST_BYTES),
             Step::Resize { columns, rows } => self.handle.resize(ConsoleSize { columns, rows }),
             Step::WriteConfig { offset, value } => self.driver.write_config(u32::from(offset), value),

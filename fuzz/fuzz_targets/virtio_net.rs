@@ -99,7 +99,7 @@ impl Peer {
             Self::Stream(stream) if framed => drop(stream.write(&[&length, bytes].concat())),
             Self::Stream(stream) => drop(stream.write(bytes)),
             Self::Messages(socket) if framed => {
-                drop(send(socket, &[&HEADER, bytes].concat(), SendFlags::NOSIGNAL))
+                let _ = send(socket, &[&HEADER, bytes].concat(), SendFlags::NOSIGNAL);
             }
             Self::Messages(socket) => drop(send(socket, bytes, SendFlags::NOSIGNAL)),
         }
