@@ -98,7 +98,7 @@ fn interrupts_end_a_halt_and_levels_are_acknowledged() {
     let edge = MsiRequest { address: 0xfee0_0000, data: b'E'.into() };
     guest.partition.set_irq_route(4, Some(level)).unwrap();
     guest.partition.set_irq_route(5, Some(edge)).unwrap();
-    assert!(guest.partition.set_irq_route(24, None).is_err());
+    assert!(guest.partition.set_irq_route(96, None).is_err());
     guest.start();
     wait_for(&guest, 0, MpState::Halted);
     guest.partition.signal_msi(edge).unwrap();

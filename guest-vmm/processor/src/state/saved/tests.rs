@@ -260,7 +260,7 @@ fn what_no_partition_can_be_in_is_refused_by_field_and_value() {
         (clock(None, second()), "clock.elapsed is absent"),
         (clock(second(), None), "clock.host_time is absent"),
         (clock(late, second()), "clock.elapsed.nanoseconds is 1000000000"),
-        (routes(&[1, 24]), "irq_routes.routes.pin is 24"),
+        (routes(&[1, 96]), "irq_routes.routes.pin is 96"),
         (routes(&[u32::MAX]), "irq_routes.routes.pin is 4294967295"),
         (routes(&[3, 4, 3]), "irq_routes.routes.pin is 3 twice"),
     ] {
