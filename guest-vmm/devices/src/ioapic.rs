@@ -12,14 +12,19 @@ use crate::saved::{invalid, register};
 use crate::{Device, IoDevice};
 use guest_saved_state::devices::ioapic::IoApicState;
 use inspect::{Inspect, Request};
-use processor::{MsiRequest, PowerRequest};
+use processor::{IOAPIC_PINS, MsiRequest, PowerRequest};
 use save_restore::{RestoreError, SaveError, SaveRestore};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// How many pins there are.
-pub const PIN_COUNT: u8 = 96;
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "pins are numbered by bytes, which the compiler looks at below"
+)]
+pub const PIN_COUNT: u8 = IOAPIC_PINS as u8;
+const _: () = assert!(PIN_COUNT as usize == IOAPIC_PINS);
 
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
