@@ -9,7 +9,6 @@ use crate::log::LogFilter;
 use crate::platform::Host;
 use crate::ports::GuestPort;
 use crate::settings::Settings;
-use ::devices::virtio::VirtioSpec;
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
@@ -77,7 +76,7 @@ impl Vm {
         let mut told = Told { outputs, ..Told::default() };
         let serial = told.outputs.add(GuestPort::Serial);
         let config = tokio::select! {
-            config = machine_config(requested, specs, &told) => MachineConfig { hotplug, ..config? },
+            config = machine_config(requested, &told) => MachineConfig { devices: specs, hotplug, ..config? },
             () = cancel.cancelled() => return Err(cancelled()),
         };
         let (sender, halts) = mpsc::unbounded_channel();
@@ -201,11 +200,8 @@ async fn told(
     result
 }
 
-async fn machine_config(
-    requested: RequestedGuest,
-    specs: Vec<VirtioSpec>,
-    told: &Told,
-) -> Result<MachineConfig, Failure> {
+/// A machine without virtio devices.
+async fn machine_config(requested: RequestedGuest, told: &Told) -> Result<MachineConfig, Failure> {
     let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
@@ -229,7 +225,7 @@ async fn machine_config(
             lock: config.memory.lock,
         },
         hotplug: None,
-        devices: specs,
+        devices: Vec::new(),
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         panics: told.panics.clone(),
         debug_exit: config.debug_exit,
