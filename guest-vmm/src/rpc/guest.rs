@@ -51,6 +51,22 @@ macro_rules! answer_port {
     }};
 }
 
+/// Two methods answer with a controller, of types of their own. What has ended is told by the controller itself.
+macro_rules! answer_controller {
+    ($self:ident, $device:literal, $end:ident, $controller:ident, $results:ident) => {{
+        let mut results = $results.get();
+        match $self.0.end_of($device, |ends| ends.$end.clone()) {
+            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
+                results.set_controller(broken(&failure));
+                failure.write(results.init_error());
+            }
+            Ok(_) | Err(_) => {
+                results.set_controller(capnp_rpc::new_client($controller::new($self.0.clone())))
+            }
+        }
+    }};
+}
+
 impl guest::Server for BoundGuest {
     async fn get_serial(
         self: Rc<Self>,
@@ -119,15 +135,7 @@ impl guest::Server for BoundGuest {
         _: guest::GetBalloonControllerParams,
         mut results: guest::GetBalloonControllerResults,
     ) -> capnp::Result<()> {
-        let mut results = results.get();
-        match self.0.end_of("balloon", |ends| ends.balloon.clone()) {
-            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
-                results.set_controller(broken(&failure));
-                failure.write(results.init_error());
-            }
-            // What has ended is told by the controller itself.
-            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Balloon::new(self.0.clone()))),
-        }
+        answer_controller!(self, "balloon", balloon, Balloon, results);
         Ok(())
     }
 
@@ -136,14 +144,7 @@ impl guest::Server for BoundGuest {
         _: guest::GetMemControllerParams,
         mut results: guest::GetMemControllerResults,
     ) -> capnp::Result<()> {
-        let mut results = results.get();
-        match self.0.end_of("memory device", |ends| ends.mem.clone()) {
-            Err(failure) if failure.code == GuestError::DeviceNotPresent => {
-                results.set_controller(broken(&failure));
-                failure.write(results.init_error());
-            }
-            Ok(_) | Err(_) => results.set_controller(capnp_rpc::new_client(Mem::new(self.0.clone()))),
-        }
+        answer_controller!(self, "memory device", mem, Mem, results);
         Ok(())
     }
 
