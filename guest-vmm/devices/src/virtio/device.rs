@@ -12,7 +12,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use virtio_bindings::virtio_ids;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 /// What a device is (VIRTIO 1.3, chapter 5), by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,13 @@ pub enum DeviceFault {
     /// The host failed in a way that no request can be answered with.
     #[error("the host failed")]
     Host(#[source] io::Error),
+}
+
+/// What was checked when its chain was taken is not there any more: as if the driver had never given it.
+impl From<GuestMemoryError> for DeviceFault {
+    fn from(error: GuestMemoryError) -> Self {
+        Self::Driver(error.to_string())
+    }
 }
 
 /// What a device's registers show, and what it keeps beside its queues. Called under the transport's lock: must not block.

@@ -232,6 +232,15 @@ impl VirtQueue {
         ring_fault(self.index, &Error::GuestMemory(error))
     }
 
+    /// Gives a chain back as [`complete`](Self::complete) does, and tells the driver of it.
+    ///
+    /// # Errors
+    /// As [`complete`](Self::complete).
+    pub fn answer(&mut self, chain: Chain, written: u32) -> Result<(), QueueFault> {
+        self.complete(chain, written)?;
+        self.signal()
+    }
+
     /// Takes back the last chain that was handed out and is not given back yet: it will be the next again. Several go back in the
     /// reverse of the order in which they were handed out.
     pub fn put_back(&mut self, chain: Chain) {

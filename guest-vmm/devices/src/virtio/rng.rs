@@ -88,8 +88,7 @@ impl QueueWorker for RngWorker {
                 chain = queue.next() => {
                     let chain = chain?;
                     let written = self.fill(&chain.writable, memory)?;
-                    queue.complete(chain, written)?;
-                    queue.signal()?;
+                    queue.answer(chain, written)?;
                 }
             }
         }
@@ -101,7 +100,7 @@ impl QueueWorker for RngWorker {
 impl RngWorker {
     /// Fills a request's buffers, the first of them if there are many.
     fn fill(&self, buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, DeviceFault> {
-        let mut writer = buffers.writer(memory).map_err(|error| DeviceFault::Driver(error.to_string()))?;
+        let mut writer = buffers.writer(memory)?;
         let mut bytes = [0; REQUEST_BYTES];
         let wanted =
             usize::try_from(writer.remaining()).map_or(REQUEST_BYTES, |room| room.min(REQUEST_BYTES));

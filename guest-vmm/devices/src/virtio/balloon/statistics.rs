@@ -98,8 +98,7 @@ impl StatisticsSource {
 
 /// Reads the driver's buffer.
 pub(super) fn read(chain: &Chain, memory: &GuestMemoryMmap) -> Result<Vec<MemoryStatistic>, DeviceFault> {
-    let reader = chain.readable.reader(memory);
-    let mut reader = reader.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+    let mut reader = chain.readable.reader(memory)?;
     let mut statistics = Vec::new();
     while statistics.len() < MAX_STATISTICS
         && let Some([low, high]) = reader.read_obj::<[u8; 2]>()

@@ -88,8 +88,7 @@ fn serve(
 ) -> Result<(), DeviceFault> {
     let chain = chain?;
     work(&chain)?;
-    queue.complete(chain, 0)?;
-    Ok(queue.signal()?)
+    Ok(queue.answer(chain, 0)?)
 }
 
 /// Keeps the driver's buffer, which answers those who have asked for it.
@@ -109,8 +108,7 @@ fn keep(
 /// Gives the driver its buffer back, to be filled anew.
 fn give_back(queue: Option<&mut VirtQueue>, kept: &mut Option<Chain>) -> Result<(), DeviceFault> {
     if let (Some(queue), Some(chain)) = (queue, kept.take()) {
-        queue.complete(chain, 0)?;
-        queue.signal()?;
+        queue.answer(chain, 0)?;
     }
     Ok(())
 }
@@ -125,8 +123,7 @@ struct Pages<'a> {
 impl Pages<'_> {
     /// Gives back the pages whose numbers are in the chain, neighbours together.
     fn inflate(&self, chain: &Chain) -> Result<(), DeviceFault> {
-        let reader = chain.readable.reader(self.memory);
-        let mut reader = reader.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+        let mut reader = chain.readable.reader(self.memory)?;
         let mut run: Range<u64> = 0..0;
         while let Some(number) = reader.read_obj::<[u8; 4]>() {
             let number = u64::from(u32::from_le_bytes(number));

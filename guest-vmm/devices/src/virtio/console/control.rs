@@ -82,8 +82,7 @@ pub(super) struct Message {
 impl Message {
     /// Reads the driver's buffers.
     pub fn read(buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<Self, DeviceFault> {
-        let reader = buffers.reader(memory);
-        let mut reader = reader.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+        let mut reader = buffers.reader(memory)?;
         let [a, b, c, d, event @ .., low, high] =
             reader.read_obj::<[u8; MESSAGE_BYTES]>().ok_or_else(|| {
                 DeviceFault::Driver(format!("a control message of {} bytes is too short", buffers.bytes()))

@@ -139,8 +139,7 @@ impl Port {
 
     /// Moves bytes from the queue into a driver's buffers, and says how many.
     pub fn deliver(&self, buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, DeviceFault> {
-        let writer = buffers.writer(memory);
-        let mut writer = writer.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+        let mut writer = buffers.writer(memory)?;
         if writer.remaining() == 0 {
             return Err(DeviceFault::Driver("a buffer for input cannot be written".into()));
         }

@@ -159,15 +159,13 @@ impl Line<'_> {
     }
 
     fn give_back(&mut self, chain: Chain, written: u32) -> Result<(), DeviceFault> {
-        self.queue.complete(chain, written)?;
-        Ok(self.queue.signal()?)
+        Ok(self.queue.answer(chain, written)?)
     }
 }
 
 /// Takes all of a buffer, piece by piece.
 async fn take_output(buffers: &Buffers, memory: &GuestMemoryMmap, port: &Port) -> Result<(), DeviceFault> {
-    let reader = buffers.reader(memory);
-    let mut reader = reader.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+    let mut reader = buffers.reader(memory)?;
     let longest = usize::try_from(reader.remaining()).map_or(PIECE_BYTES, |bytes| bytes.min(PIECE_BYTES));
     let mut piece = vec![0; longest];
     loop {
@@ -183,8 +181,7 @@ async fn take_output(buffers: &Buffers, memory: &GuestMemoryMmap, port: &Port) -
 }
 
 fn write_message(message: &[u8], buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<u32, DeviceFault> {
-    let writer = buffers.writer(memory);
-    let mut writer = writer.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+    let mut writer = buffers.writer(memory)?;
     let (room, length) = (writer.remaining(), message.len());
     writer.write_all(message).map_err(|_| {
         DeviceFault::Driver(format!(

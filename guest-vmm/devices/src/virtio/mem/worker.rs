@@ -41,8 +41,7 @@ struct MemRequest {
 impl MemRequest {
     /// struct virtio_mem_req: type, padding to 8 bytes, address, number of blocks, padding to 24 bytes.
     fn read(buffers: &Buffers, memory: &GuestMemoryMmap) -> Result<Self, DeviceFault> {
-        let reader = buffers.reader(memory).map_err(|error| DeviceFault::Driver(error.to_string()))?;
-        let mut reader = reader;
+        let mut reader = buffers.reader(memory)?;
         let short =
             || DeviceFault::Driver(format!("a request of {} bytes is shorter than 24", buffers.bytes()));
         let mut word = || reader.read_obj::<[u8; 8]>().map(u64::from_le_bytes).ok_or_else(short);
@@ -65,8 +64,7 @@ impl MemWorker {
     ) -> Result<u32, DeviceFault> {
         let request = MemRequest::read(&chain.readable, memory)?;
         let (response, state) = self.carry_out(&request, ram).map_err(DeviceFault::Host)?;
-        let writer = chain.writable.writer(memory);
-        let mut writer = writer.map_err(|error| DeviceFault::Driver(error.to_string()))?;
+        let mut writer = chain.writable.writer(memory)?;
         // struct virtio_mem_resp: type, padding to 8 bytes, state.
         let mut bytes = [0; 10];
         bytes[..2].copy_from_slice(&(response as u16).to_le_bytes());
@@ -135,8 +133,7 @@ impl QueueWorker for MemWorker {
                 chain = queue.next() => chain?,
             };
             let written = self.answer(&chain, memory, &**ram)?;
-            queue.complete(chain, written)?;
-            queue.signal()?;
+            queue.answer(chain, written)?;
         }
     }
 

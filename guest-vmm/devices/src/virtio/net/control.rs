@@ -35,16 +35,14 @@ impl Control<'_> {
     }
 
     fn answer(&mut self, chain: Chain) -> Result<(), DeviceFault> {
-        let driver = |error: vm_memory::GuestMemoryError| DeviceFault::Driver(error.to_string());
-        let mut command = chain.readable.reader(self.memory).map_err(driver)?;
+        let mut command = chain.readable.reader(self.memory)?;
         let outcome = if self.obey(&mut command).is_some() { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
-        let mut answer = chain.writable.writer(self.memory).map_err(driver)?;
+        let mut answer = chain.writable.writer(self.memory)?;
         let outcome = outcome.to_le_bytes()[0];
         if answer.write_obj(outcome).is_none() {
             return Err(DeviceFault::Driver("a control command has no room for its answer".into()));
         }
-        self.queue.complete(chain, 1)?;
-        Ok(self.queue.signal()?)
+        Ok(self.queue.answer(chain, 1)?)
     }
 
     /// Does what a command says, or nothing and `None`.

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 /// Why a back end did not give or take a frame.
 #[derive(Debug)]
@@ -199,14 +199,6 @@ pub(super) fn uninterrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::
             outcome => return outcome,
         }
     }
-}
-
-/// The guest memory that a frame's bytes are in.
-pub(super) fn slices<'m>(
-    buffers: &crate::virtio::Buffers,
-    memory: &'m GuestMemoryMmap,
-) -> Result<Vec<VolatileSlice<'m>>, crate::virtio::DeviceFault> {
-    buffers.slices(memory).map_err(|error| crate::virtio::DeviceFault::Driver(error.to_string()))
 }
 
 impl Port {

@@ -2,7 +2,6 @@
 
 use super::header::{HEADER_BYTES, Header, MAX_FRAME, accepted};
 use super::lane::Lane;
-use super::port::slices;
 use super::vectored::MAX_PIECES;
 use crate::virtio::{Chain, DeviceFault, VirtQueue};
 use std::collections::VecDeque;
@@ -71,7 +70,7 @@ impl<'a> Room<'a> {
     }
 
     fn hold(&mut self, chain: Chain) -> Result<(), DeviceFault> {
-        let slices = slices(&chain.writable, self.lane.memory)?;
+        let slices = chain.writable.slices(self.lane.memory)?;
         let bytes = slices.iter().map(VolatileSlice::len).sum();
         let readable = chain.readable.bytes();
         self.bytes += bytes;

@@ -6,7 +6,7 @@
 use super::allowance::Allowance;
 use super::header::{HEADER_BYTES, Header};
 use super::lane::Lane;
-use super::port::{Descriptor, Frame, Outgoing, PortError, Sent, slices};
+use super::port::{Descriptor, Frame, Outgoing, PortError, Sent};
 use super::vectored::MAX_PIECES;
 use crate::virtio::{Chain, DeviceFault, VirtQueue};
 use std::convert::Infallible;
@@ -144,12 +144,11 @@ impl<'a> Transmitting<'a> {
     fn frame(&self, chain: &Chain) -> Result<Option<Frame<'a>>, DeviceFault> {
         let Lane { memory, features, .. } = self.lane;
         let mut header = Header::default();
-        let mut reader =
-            chain.readable.reader(memory).map_err(|error| DeviceFault::Driver(error.to_string()))?;
+        let mut reader = chain.readable.reader(memory)?;
         if reader.read_exact(&mut header.0).is_err() {
             return Ok(None);
         }
-        let mut body = slices(&chain.readable, memory)?;
+        let mut body = chain.readable.slices(memory)?;
         skip(&mut body, HEADER_BYTES);
         let bytes = body.iter().map(VolatileSlice::len).sum();
         let possible = header.is_valid(features, bytes) && body.len() < MAX_PIECES;

@@ -13,7 +13,7 @@ use save_restore::{RestoreError, SaveError};
 use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::Instant;
-use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -196,7 +196,7 @@ impl VsockWorker {
         let mut count = 0;
         while count < BATCH && self.shared.engine().can_receive() {
             let Some(chain) = tx.try_next()? else { break };
-            let mut reader = chain.readable.reader(memory).map_err(|error| outside(&error))?;
+            let mut reader = chain.readable.reader(memory)?;
             let mut header = [0; HEADER_BYTES];
             if reader.read_exact(&mut header).is_ok() {
                 let header = Header::from_bytes(&header);
@@ -227,7 +227,7 @@ impl VsockWorker {
                 let problem = format!("a buffer for packets has {room} bytes, fewer than {LEAST_BUFFER}");
                 return Err(DeviceFault::Driver(problem));
             }
-            let mut writer = chain.writable.writer(memory).map_err(|error| outside(&error))?;
+            let mut writer = chain.writable.writer(memory)?;
             let room = usize::try_from(room).map_or(MAX_PAYLOAD, |room| room - HEADER_BYTES);
             let sent = self.shared.engine().send(room, Instant::now(), |header, (front, back)| {
                 writer.write_all(&header.to_bytes())?;
@@ -255,15 +255,14 @@ impl VsockWorker {
             return Ok(());
         }
         let Some(chain) = event.try_next()? else { return Ok(()) };
-        let mut writer = chain.writable.writer(memory).map_err(|error| outside(&error))?;
+        let mut writer = chain.writable.writer(memory)?;
         if writer.remaining() < TRANSPORT_RESET.len() as u64 {
             let problem = format!("a buffer for events has {} bytes, fewer than 4", writer.remaining());
             return Err(DeviceFault::Driver(problem));
         }
         writer.write_all(&TRANSPORT_RESET).map_err(DeviceFault::Host)?;
         let written = writer.written();
-        event.complete(chain, written)?;
-        event.signal()?;
+        event.answer(chain, written)?;
         self.owes_event = false;
         Ok(())
     }
@@ -271,7 +270,3 @@ impl VsockWorker {
 
 /// The most bytes that are taken out of one packet: one more than the widest window has room for.
 const MAX_TAKEN: u64 = (256 << 10) + 1;
-
-fn outside(error: &GuestMemoryError) -> DeviceFault {
-    DeviceFault::Driver(error.to_string())
-}
