@@ -175,23 +175,10 @@ fn affinity_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use guest_schema::{DevicesConfig, MemoryConfig};
+    use guest_schema::MemoryConfig;
 
     pub(crate) fn config() -> GuestConfig {
-        GuestConfig {
-            kernel: Some(FileSource::Descriptor(0)),
-            ramdisk: None,
-            cmdline: String::new(),
-            cpus: 1,
-            affinity: VpAffinity::Any,
-            cpuid_mask: Vec::new(),
-            memory: MemoryConfig::of_bytes(1 << 20),
-            on_reset: OnReset::Restart,
-            units: Vec::new(),
-            devices: DevicesConfig::default(),
-            catch_up_time: false,
-            debug_exit: false,
-        }
+        GuestConfig::new(Some(FileSource::Descriptor(0)), 1 << 20)
     }
 
     /// Of a host whose CPUs 0, 1 and 3 are the VMM's.

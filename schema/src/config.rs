@@ -163,6 +163,25 @@ pub struct ReadConfig {
 }
 
 impl GuestConfig {
+    /// A guest with this kernel and so many bytes of ordinary memory: one VP, no command line, no device but the board's, and the
+    /// defaults of all else.
+    pub fn new(kernel: Option<FileSource>, memory_bytes: u64) -> Self {
+        Self {
+            kernel,
+            ramdisk: None,
+            cmdline: String::new(),
+            cpus: 1,
+            affinity: VpAffinity::default(),
+            cpuid_mask: Vec::new(),
+            memory: MemoryConfig::of_bytes(memory_bytes),
+            on_reset: OnReset::default(),
+            devices: DevicesConfig::default(),
+            units: Vec::new(),
+            catch_up_time: false,
+            debug_exit: false,
+        }
+    }
+
     /// Reads a config from a message. Exceptions are for messages that break the schema itself.
     pub fn read(reader: wire::guest_config::Reader<'_>) -> capnp::Result<ReadConfig> {
         let mut faults = Vec::new();

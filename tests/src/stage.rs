@@ -6,7 +6,7 @@ use std::io::Write;
 
 use anyhow::{Context, anyhow};
 use guest_client::{ByteStream, ClientError, Guest, GuestExit, Host, Launched, Lifecycle};
-use guest_schema::{DevicesConfig, GuestConfig, GuestError, MemoryConfig, OnReset, VpAffinity};
+use guest_schema::{GuestConfig, GuestError};
 use processor::scripted::Script;
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -197,20 +197,7 @@ impl Player {
 
     /// A config with this kernel.
     pub fn config_of(&self, kernel: &[u8]) -> std::io::Result<GuestConfig> {
-        Ok(GuestConfig {
-            kernel: Some(self.lifecycle.file(sealed_file(kernel)?)),
-            ramdisk: None,
-            cmdline: String::new(),
-            cpus: 1,
-            affinity: VpAffinity::Any,
-            cpuid_mask: Vec::new(),
-            memory: MemoryConfig::of_bytes(16 << 20),
-            on_reset: OnReset::Restart,
-            units: Vec::new(),
-            devices: DevicesConfig::default(),
-            catch_up_time: false,
-            debug_exit: false,
-        })
+        Ok(GuestConfig::new(Some(self.lifecycle.file(sealed_file(kernel)?)), 16 << 20))
     }
 
     /// Creates the guest, binds to it, opens its serial port and runs it, all in one flight; then waits for its first words.

@@ -9,9 +9,7 @@ use std::thread::JoinHandle;
 
 use anyhow::anyhow;
 use guest_schema::guest_capnp::{guest_lifecycle, observer};
-use guest_schema::{
-    DevicesConfig, Failure, FileSource, GuestConfig, MemoryConfig, OnReset, Phase, VpAffinity,
-};
+use guest_schema::{Failure, FileSource, GuestConfig, Phase};
 use guest_tests::bare::{Bare, sink};
 use guest_tests::console::Console;
 use guest_tests::process::{Process, Stdin};
@@ -77,20 +75,7 @@ impl Vmm {
 }
 
 fn config(kernel: u64) -> GuestConfig {
-    GuestConfig {
-        kernel: Some(FileSource::Descriptor(kernel)),
-        ramdisk: None,
-        cmdline: String::new(),
-        cpus: 1,
-        affinity: VpAffinity::Any,
-        cpuid_mask: Vec::new(),
-        memory: MemoryConfig::of_bytes(16 << 20),
-        on_reset: OnReset::Restart,
-        units: Vec::new(),
-        devices: DevicesConfig::default(),
-        catch_up_time: false,
-        debug_exit: false,
-    }
+    GuestConfig::new(Some(FileSource::Descriptor(kernel)), 16 << 20)
 }
 
 fn kernel(act: Act) -> anyhow::Result<OwnedFd> {

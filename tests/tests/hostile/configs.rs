@@ -7,9 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use guest_schema::config_capnp::{KernelType, OnReset, guest_config};
 use guest_schema::guest_capnp::guest_lifecycle::create_params;
-use guest_schema::{
-    CpuidMask, DevicesConfig, Failure, FileSource, GuestConfig, GuestError, MemoryConfig, VpAffinity,
-};
+use guest_schema::{CpuidMask, Failure, FileSource, GuestConfig, GuestError, MemoryConfig, VpAffinity};
 use guest_tests::bare::Bare;
 use guest_tests::requirements::trial;
 use guest_tests::stage::{
@@ -42,20 +40,7 @@ pub fn trials() -> Vec<Trial> {
 
 /// A config with this kernel, for which no other descriptor is on its way.
 fn of_kernel(kernel: Option<FileSource>) -> GuestConfig {
-    GuestConfig {
-        kernel,
-        ramdisk: None,
-        cmdline: String::new(),
-        cpus: 1,
-        affinity: VpAffinity::Any,
-        cpuid_mask: Vec::new(),
-        memory: MemoryConfig::of_bytes(16 << 20),
-        on_reset: guest_schema::OnReset::Restart,
-        units: Vec::new(),
-        devices: DevicesConfig::default(),
-        catch_up_time: false,
-        debug_exit: false,
-    }
+    GuestConfig::new(kernel, 16 << 20)
 }
 
 fn on_cpus(lists: &[&[u32]]) -> VpAffinity {

@@ -398,20 +398,7 @@ impl guest_schema::common_capnp::file::Server for NeverRead {
 }
 
 fn endless_config() -> GuestConfig {
-    GuestConfig {
-        kernel: Some(FileSource::File(capnp_rpc::new_client(NeverRead))),
-        ramdisk: None,
-        cmdline: String::new(),
-        cpus: 1,
-        affinity: VpAffinity::Any,
-        cpuid_mask: Vec::new(),
-        memory: MemoryConfig::of_bytes(16 << 20),
-        on_reset: OnReset::Restart,
-        units: Vec::new(),
-        devices: DevicesConfig::default(),
-        catch_up_time: false,
-        debug_exit: false,
-    }
+    GuestConfig::new(Some(FileSource::File(capnp_rpc::new_client(NeverRead))), 16 << 20)
 }
 
 async fn stop_cancels_a_create(stage: Stage) -> Story {

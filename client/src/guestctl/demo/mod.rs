@@ -9,8 +9,7 @@ use crate::out::Out;
 use crate::run::{builtin_guest, in_memory};
 use crate::service::{self, Launcher};
 use guest_client::{
-    Control, DevicesConfig, Exit, FileSource, Guest, GuestConfig, GuestError, GuestState, Launched,
-    Lifecycle, MemoryConfig, OnReset, VpAffinity,
+    Control, Exit, FileSource, Guest, GuestConfig, GuestError, GuestState, Launched, Lifecycle, MemoryConfig,
 };
 use paper::{Expected, Paper, in_words};
 use serial::Serial;
@@ -245,20 +244,7 @@ fn kernel(lifecycle: &Lifecycle) -> Outcome<FileSource> {
 }
 
 fn config(kernel: Option<FileSource>) -> GuestConfig {
-    GuestConfig {
-        kernel,
-        ramdisk: None,
-        cmdline: String::new(),
-        cpus: 1,
-        affinity: VpAffinity::Any,
-        cpuid_mask: Vec::new(),
-        memory: MemoryConfig::of_bytes(MEMORY),
-        on_reset: OnReset::Restart,
-        units: Vec::new(),
-        devices: DevicesConfig::default(),
-        catch_up_time: false,
-        debug_exit: false,
-    }
+    GuestConfig::new(kernel, MEMORY)
 }
 
 fn ok(_: &()) -> String {
