@@ -38,11 +38,12 @@ impl Cancel {
         self.0.changed.notify_one();
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
     }
 
-    async fn cancelled(&self) {
+    /// Waits until it is. One waits at a time.
+    pub async fn cancelled(&self) {
         while !self.is_cancelled() {
             self.0.changed.notified().await;
         }
@@ -72,7 +73,7 @@ impl Vm {
         let settings = Settings::new(requested.on_reset(), log_filter);
         let backends = std::mem::take(&mut requested.backends);
         let RequestedDevices { specs, ends, hotplug, errors, outputs, .. } =
-            devices::requested(&requested.config, backends)?;
+            devices::requested(&requested.config, backends, cancel).await?;
         let mut told = Told { outputs, ..Told::default() };
         let serial = told.outputs.add(GuestPort::Serial);
         let config = tokio::select! {

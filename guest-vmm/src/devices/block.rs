@@ -2,6 +2,7 @@
 
 use super::RequestedDevices;
 use crate::config::refused;
+use crate::vm::{Cancel, cancelled};
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::block::{
     Block, BlockError, BlockOptions, DiskImage, ImageError, ImageFile, MAX_QUEUES, OnError, Overlay,
@@ -16,12 +17,15 @@ use std::collections::HashSet;
 use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// The most disks of a guest.
 const MAX_DISKS: usize = 32;
 /// The longest id, in bytes.
 const MAX_ID: usize = 20;
+/// How long a create that is cancelled waits for the image that is being opened.
+const LAST_IMAGE: Duration = Duration::from_secs(5);
 
 /// Takes the disks' images from the channel on which their config came.
 pub(crate) fn take_images(
@@ -36,13 +40,13 @@ pub(crate) fn take_images(
                 Err("a disk's image has to be a descriptor, which a proxied channel does not pass".into())
             }
         };
-        taken.map_err(|problem| faults.push(image_fault(index, disk, problem))).ok()
+        taken.map_err(|problem| faults.push(image_fault(index, disk.format, problem))).ok()
     };
     disks.iter().enumerate().map(&mut take).collect()
 }
 
-fn image_fault(index: usize, disk: &BlockConfig, problem: impl Into<String>) -> ConfigFault {
-    ConfigFault::new(format!("block[{index}].{}", disk.format.field()), problem)
+fn image_fault(index: usize, format: ImageFormat, problem: String) -> ConfigFault {
+    ConfigFault::new(format!("block[{index}].{}", format.field()), problem)
 }
 
 /// What is wrong with the disks of a config, as far as it shows without their images.
@@ -72,57 +76,113 @@ pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
 }
 
 /// Adds the disks. Whatever is wrong with an image is a fault; all of them are in one failure.
-pub(super) fn add(
+///
+/// Locks and first reads may take as long as a slow file system lets them: they are made on the blocking pool. When the create is
+/// cancelled, the image that is being opened is waited for, so that all are free once this answers; one that takes longer than
+/// [`LAST_IMAGE`] is left to the pool, as all are when this is dropped, and the pool lets go of them.
+pub(super) async fn add(
     disks: &[BlockConfig],
     images: Vec<Option<OwnedFd>>,
     devices: &mut RequestedDevices,
+    cancel: &Cancel,
 ) -> Result<(), Failure> {
-    let mut faults = Vec::new();
-    for (index, (disk, image)) in disks.iter().zip(images).enumerate() {
-        match image.map(|image| open(image, disk)) {
-            Some(Ok(image)) => {
-                let spec = spec(index, disk, image, &devices.told)?;
-                devices.specs.push(spec);
-            }
-            Some(Err(error @ ImageError::NoUring(_))) => return Err(unmade(index, &error)),
-            Some(Err(error)) => faults.push(image_fault(index, disk, chain(&error))),
-            None => faults.push(image_fault(index, disk, "none was given")),
-        }
+    if disks.is_empty() {
+        return Ok(());
     }
-    refused(&faults).map_or(Ok(()), Err)
+    let disk = |(index, (disk, image))| RequestedDisk::new(index, disk, image, &devices.told);
+    let disks: Vec<_> = disks.iter().zip(images).enumerate().map(disk).collect();
+    let flag = cancel.clone();
+    let making = tokio::task::spawn_blocking(move || specs(disks, &flag));
+    let given_up = async {
+        cancel.cancelled().await;
+        tokio::time::sleep(LAST_IMAGE).await;
+    };
+    let made = tokio::select! {
+        made = making => made,
+        () = given_up => return Err(cancelled()),
+    };
+    let panicked = |_| Failure::new(GuestError::InternalError, "block: opening the images panicked");
+    devices.specs.extend(made.map_err(panicked)??);
+    Ok(())
 }
 
-fn open(image: OwnedFd, disk: &BlockConfig) -> Result<DiskImage, ImageError> {
-    let writable = disk.mode == BlockMode::ReadWrite;
+/// A disk as the blocking pool takes it.
+struct RequestedDisk {
+    index: usize,
+    image: Option<OwnedFd>,
+    format: ImageFormat,
+    mode: BlockMode,
+    options: BlockOptions,
+}
+
+impl RequestedDisk {
+    fn new(
+        index: usize,
+        disk: &BlockConfig,
+        image: Option<OwnedFd>,
+        errors: &mpsc::Sender<DeviceError>,
+    ) -> Self {
+        let errors = errors.clone();
+        let options = BlockOptions {
+            id: disk.id.clone(),
+            read_only: disk.mode == BlockMode::ReadOnly,
+            queues: disk.queues,
+            rates: Arc::new(rates(disk.limits)),
+            // A log that cannot take them all is no reason to keep the device waiting.
+            on_error: OnError::new(move |error| drop(errors.try_send(told(error)))),
+        };
+        Self { index, image, format: disk.format, mode: disk.mode, options }
+    }
+
+    fn spec(self) -> Result<VirtioSpec, DiskError> {
+        let Self { index, image, format, mode, options } = self;
+        let fault = |problem: String| DiskError::Image(image_fault(index, format, problem));
+        let image = image.ok_or_else(|| fault("none was given".into()))?;
+        let image = open(image, format, mode).map_err(|error| match error {
+            ImageError::NoUring(_) => DiskError::Host(unmade(index, &error)),
+            error => fault(chain(&error)),
+        })?;
+        let made = Block::spec(name(index), image, options);
+        made.map(|(spec, _handle)| spec).map_err(|error| DiskError::Host(unmade(index, &error)))
+    }
+}
+
+/// Why there is no disk.
+enum DiskError {
+    /// Its image.
+    Image(ConfigFault),
+    /// The host, which will not make another one either.
+    Host(Failure),
+}
+
+/// Opens one image after the other, so that of two disks with one image the second is the one that finds it taken.
+fn specs(disks: Vec<RequestedDisk>, cancel: &Cancel) -> Result<Vec<VirtioSpec>, Failure> {
+    let (mut specs, mut faults) = (Vec::new(), Vec::new());
+    for disk in disks {
+        if cancel.is_cancelled() {
+            return Err(cancelled());
+        }
+        match disk.spec() {
+            Ok(spec) => specs.push(spec),
+            Err(DiskError::Image(fault)) => faults.push(fault),
+            Err(DiskError::Host(failure)) => return Err(failure),
+        }
+    }
+    refused(&faults).map_or(Ok(specs), Err)
+}
+
+fn open(image: OwnedFd, format: ImageFormat, mode: BlockMode) -> Result<DiskImage, ImageError> {
+    let writable = mode == BlockMode::ReadWrite;
     let file = ImageFile::lock(image, writable)?;
-    let image = match disk.format {
+    let image = match format {
         ImageFormat::Raw => UringDisk::open(file)?,
         ImageFormat::Qcow2 => Qcow2Disk::open(file, writable)?,
     };
-    Ok(if disk.mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
+    Ok(if mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
 }
 
 fn name(index: usize) -> String {
     format!("block{index}")
-}
-
-fn spec(
-    index: usize,
-    disk: &BlockConfig,
-    image: DiskImage,
-    errors: &mpsc::Sender<DeviceError>,
-) -> Result<VirtioSpec, Failure> {
-    let errors = errors.clone();
-    let options = BlockOptions {
-        id: disk.id.clone(),
-        read_only: disk.mode == BlockMode::ReadOnly,
-        queues: disk.queues,
-        rates: Arc::new(rates(disk.limits)),
-        // A log that cannot take them all is no reason to keep the device waiting.
-        on_error: OnError::new(move |error| drop(errors.try_send(told(error)))),
-    };
-    let (spec, _handle) = Block::spec(name(index), image, options).map_err(|error| unmade(index, &error))?;
-    Ok(spec)
 }
 
 fn unmade(index: usize, error: &dyn Error) -> Failure {
@@ -156,6 +216,8 @@ mod tests {
     use guest_schema::EventKind;
     use std::fs::{File, OpenOptions};
     use std::os::fd::AsRawFd;
+    use std::pin::pin;
+    use tokio::runtime::{Builder, Runtime};
 
     fn disk(id: &str) -> BlockConfig {
         let disk = BlockConfig::raw(FileSource::Descriptor(0), BlockMode::ReadWrite);
@@ -212,10 +274,42 @@ mod tests {
     }
 
     /// The devices of a guest with these disks, each over one of the images.
-    fn devices(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Result<RequestedDevices, Failure> {
+    async fn made(
+        disks: Vec<BlockConfig>,
+        images: Vec<Option<OwnedFd>>,
+        cancel: &Cancel,
+    ) -> Result<RequestedDevices, Failure> {
         let mut config = crate::config::tests::config();
         config.devices.block = disks;
-        requested(&config, Backends { images, ..Backends::default() })
+        requested(&config, Backends { images, ..Backends::default() }, cancel).await
+    }
+
+    fn devices(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Result<RequestedDevices, Failure> {
+        pool_of_one().block_on(made(disks, images, &Cancel::default()))
+    }
+
+    fn pool_of_one() -> Runtime {
+        Builder::new_current_thread().enable_time().max_blocking_threads(1).build().expect("a runtime")
+    }
+
+    /// Keeps the one thread of the pool until it is dropped. What it is given meanwhile waits, as behind a slow file system.
+    struct Busy(#[expect(dead_code, reason = "its end is what counts")] std::sync::mpsc::Sender<()>);
+
+    impl Busy {
+        fn keep() -> Self {
+            let (sender, released) = std::sync::mpsc::channel();
+            tokio::task::spawn_blocking(move || released.recv());
+            Self(sender)
+        }
+    }
+
+    /// Once the pool has done what it was given.
+    async fn idle() {
+        tokio::task::spawn_blocking(|| ()).await.expect("no panic");
+    }
+
+    fn is_free(file: &File) -> bool {
+        ImageFile::lock(again(file), true).is_ok()
     }
 
     fn refused_with(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Failure {
@@ -256,6 +350,68 @@ mod tests {
         ] {
             assert!(failure.detail.contains(problem), "{failure:?}");
         }
+    }
+
+    #[test]
+    fn images_are_opened_beside_the_thread_that_waits() {
+        pool_of_one().block_on(async {
+            let (file, busy, cancel) = (image_of(4096), Busy::keep(), Cancel::default());
+            let mut making = pin!(made(vec![disk("")], vec![Some(again(&file))], &cancel));
+            assert!(futures::poll!(&mut making).is_pending());
+            assert!(is_free(&file), "nothing is opened here");
+            drop(busy);
+            let devices = making.await.expect("an image");
+            assert!(!is_free(&file));
+            drop(devices);
+            assert!(is_free(&file));
+        });
+    }
+
+    #[test]
+    fn a_create_that_is_cancelled_leaves_its_images_free() {
+        pool_of_one().block_on(async {
+            let (file, busy, cancel) = (image_of(4096), Busy::keep(), Cancel::default());
+            let mut making = pin!(made(vec![disk("")], vec![Some(again(&file))], &cancel));
+            assert!(futures::poll!(&mut making).is_pending());
+            cancel.cancel();
+            assert!(futures::poll!(&mut making).is_pending(), "what is under way is waited for");
+            drop(busy);
+            let failure = making.await.err().expect("cancelled");
+            assert_eq!(failure.code, GuestError::ControllerForcedHalt);
+            assert!(is_free(&file));
+        });
+    }
+
+    #[test]
+    fn a_create_that_is_cancelled_does_not_wait_for_ever() {
+        pool_of_one().block_on(async {
+            let (file, busy, cancel) = (image_of(4096), Busy::keep(), Cancel::default());
+            tokio::time::pause();
+            let making = made(vec![disk("")], vec![Some(again(&file))], &cancel);
+            cancel.cancel();
+            let mut making = pin!(making);
+            assert!(futures::poll!(&mut making).is_pending());
+            tokio::time::advance(2 * LAST_IMAGE).await;
+            let failure = making.await.err().expect("cancelled");
+            assert_eq!(failure.code, GuestError::ControllerForcedHalt);
+            drop(busy);
+            idle().await;
+            assert!(is_free(&file));
+        });
+    }
+
+    #[test]
+    fn a_create_that_is_dropped_leaves_its_images_free() {
+        pool_of_one().block_on(async {
+            let (file, busy, cancel) = (image_of(4096), Busy::keep(), Cancel::default());
+            {
+                let mut making = pin!(made(vec![disk("")], vec![Some(again(&file))], &cancel));
+                assert!(futures::poll!(&mut making).is_pending());
+            }
+            drop(busy);
+            idle().await;
+            assert!(is_free(&file));
+        });
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod rng;
 mod vsock;
 
 use crate::ports::GuestOutputs;
+use crate::vm::Cancel;
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
 use ::devices::virtio::console::ConsoleHandle;
@@ -63,14 +64,19 @@ impl Backends {
     }
 }
 
-/// The devices of a config that was checked, in the order in which a guest finds them.
-pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<RequestedDevices, Failure> {
+/// The devices of a config that was checked, in the order in which a guest finds them. What may take the host long is done on the
+/// blocking pool. On an error, also that the create was cancelled, nothing is open or locked any more.
+pub(crate) async fn requested(
+    config: &GuestConfig,
+    backends: Backends,
+    cancel: &Cancel,
+) -> Result<RequestedDevices, Failure> {
     let (told, errors) = mpsc::channel(WAITING_ERRORS);
     let (specs, ends) = (Vec::new(), HostEnds::default());
     let mut devices =
         RequestedDevices { specs, ends, hotplug: None, outputs: GuestOutputs::default(), errors, told };
     let Backends { images, net } = backends;
-    block::add(&config.devices.block, images, &mut devices)?;
+    block::add(&config.devices.block, images, &mut devices, cancel).await?;
     net::add(net, &mut devices)?;
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
