@@ -62,3 +62,20 @@ pub fn linux_keeps_files_on_a_disk(lab: &Lab) -> anyhow::Result<()> {
     )?;
     assert_is_clean(&power_off(&guest)?, 1)
 }
+
+/// The client keeps the disk's data, on a channel over which no descriptors go: its block service does all that an image does.
+pub fn linux_keeps_files_with_its_client(lab: &Lab) -> anyhow::Result<()> {
+    let image = lab.make_disk("served.img", 64 * MIB)?;
+    let guest = boot(lab, "served", &format!("--proxied --disk path={image},id=served"))?;
+    does(&guest, "mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount -t ext4 -o discard /dev/vda /mnt")?;
+    does(&guest, &fio("randwrite"))?;
+    does(&guest, &fio("write"))?;
+    let sum = does(
+        &guest,
+        "dd if=/dev/urandom of=/mnt/kept bs=1M count=8 conv=fsync 2>/dev/null; sha256sum /mnt/kept",
+    )?;
+    does(&guest, "echo 3 >/proc/sys/vm/drop_caches")?;
+    ensure!(does(&guest, "sha256sum /mnt/kept")? == sum, "what was read is not what was written");
+    does(&guest, "umount /mnt && blkdiscard -z -o 0 -l 4096 /dev/vda && ! e2fsck -fn /dev/vda >/dev/null")?;
+    assert_is_clean(&power_off(&guest)?, 1)
+}
