@@ -1,11 +1,13 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`, the virtio console in `consoles`; what the board's small devices tell, in `board`.
+//! `client_units`, the virtio console in `consoles`, disks in `disks`, vsock in `sockets`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
+mod disks;
 mod operator;
+mod sockets;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -27,7 +29,9 @@ use libtest_mimic::Trial;
 use board::*;
 use client_units::*;
 use consoles::*;
+use disks::*;
 use operator::*;
+use sockets::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
 
@@ -37,15 +41,18 @@ struct Script {
     name: &'static str,
     faults: &'static str,
     scripts_only: bool,
+    /// The one channel that it is played on, by name; empty if both.
+    channel: &'static str,
     play: fn(Stage) -> Played,
 }
 
 macro_rules! stories {
-    ($($name:ident $(with $faults:literal)? $(on $only:ident)?;)*) => {
+    ($($name:ident $(with $faults:literal)? $(on $only:ident)? $(over $channel:ident)?;)*) => {
         const STORIES: &[Script] = &[$(Script {
             name: stringify!($name),
             faults: concat!($($faults)?),
             scripts_only: !concat!($($faults)? $(stringify!($only))?).is_empty(),
+            channel: concat!($(stringify!($channel))?),
             play: |stage| Box::pin($name(stage)),
         }),*];
     };
@@ -119,6 +126,16 @@ stories! {
     a_console_is_read_and_resized on scripts;
     a_consoles_sender_waits_for_room on scripts;
     a_console_without_a_config_of_its_own_has_no_ports on scripts;
+    an_image_has_one_writer_or_any_number_of_readers over direct;
+    what_is_no_image_is_named_by_its_field over direct;
+    a_proxied_guest_has_no_disks over proxied;
+    a_create_that_is_given_up_lets_go_of_its_disks over direct;
+    a_disk_that_the_host_fails_is_an_event on scripts over direct;
+    a_guest_talks_to_a_listener_of_its_config on scripts;
+    unclaimed_ports_are_accepted_or_refused_one_by_one on scripts;
+    a_client_listens_for_as_long_as_it_likes on scripts;
+    a_client_connects_to_its_guest on scripts;
+    a_guest_without_a_socket_device_says_so;
 }
 
 fn main() -> ExitCode {
@@ -126,7 +143,8 @@ fn main() -> ExitCode {
     for script in STORIES {
         for kind in [Kind::Scripted, Kind::BuiltIn] {
             for channel in [Channel::Direct, Channel::Proxied] {
-                if kind == Kind::Scripted || !script.scripts_only {
+                let is_played = script.channel.is_empty() || script.channel == name(channel);
+                if is_played && (kind == Kind::Scripted || !script.scripts_only) {
                     trials.push(rehearse(script, kind, channel));
                 }
             }
@@ -135,8 +153,12 @@ fn main() -> ExitCode {
     run(trials, || {})
 }
 
+fn name(channel: Channel) -> &'static str {
+    if channel == Channel::Direct { "direct" } else { "proxied" }
+}
+
 fn rehearse(script: &'static Script, kind: Kind, channel: Channel) -> Trial {
-    let held = if channel == Channel::Direct { "direct" } else { "proxied" };
+    let held = name(channel);
     let needs: &[Requirement] = if kind == Kind::BuiltIn { &[Requirement::Kvm] } else { &[] };
     trial(&format!("{}::{held}::{}", kind.name(), script.name), needs, move || {
         play_on(Stage::set(kind, channel, script.faults)?, script.play)

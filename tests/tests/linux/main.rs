@@ -23,7 +23,7 @@ use libtest_mimic::Trial;
 const LIMIT: Duration = Duration::from_secs(200);
 const MIB: u64 = 1 << 20;
 const BOOTED: &str = "GUEST-UP";
-/// More than the VMM queues for a guest.
+/// More than the VMM queues for a guest, on the serial line or on the console.
 const LONG_INPUT: usize = 68 << 10;
 /// What Linux says when something about the machine is not as it should be. Not among them: that it was not given the
 /// time to run, which happens on a machine that has other work.
@@ -60,6 +60,7 @@ fn main() -> ExitCode {
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
         test("linux_keeps_files_on_a_disk", block::linux_keeps_files_on_a_disk),
         test("linux_keeps_files_with_its_client", block::linux_keeps_files_with_its_client),
+        test("linux_keeps_files_in_a_qcow2_image", block::linux_keeps_files_in_a_qcow2_image),
         test("a_shell_on_hvc0_knows_its_size", console::a_shell_on_hvc0_knows_its_size),
         test("a_named_port_carries_bytes_both_ways", console::a_named_port_carries_bytes_both_ways),
         test("pages_go_back_to_the_host", balloon::pages_go_back_to_the_host),
@@ -115,13 +116,19 @@ fn two_vps_reboot_in_every_way(lab: &Lab) -> anyhow::Result<()> {
 fn input_longer_than_the_queue_is_whole(lab: &Lab) -> anyhow::Result<()> {
     let guest = LabGuest::start(lab, "long", "panic=-1", "--memory 256M")?;
     guest.saw(BOOTED, 1, LIMIT)?;
+    assert_takes_long_input(&guest)?;
+    assert_is_clean(&power_off(&guest)?, 1)
+}
+
+/// The guest's shell reads more from its terminal than the VMM queues, and misses no byte.
+fn assert_takes_long_input(guest: &LabGuest<'_>) -> anyhow::Result<()> {
     guest.send(&format!("stty raw; echo RA''W; head -c {LONG_INPUT} | md5sum; stty cooked; echo RE''AD"))?;
     guest.saw("RAW", 1, LIMIT)?;
     let make = format!("head -c {LONG_INPUT} /dev/urandom >random; (cat random >in) & md5sum <random");
     let sum = guest.here(&make)?;
     let out = guest.saw("READ", 1, LIMIT)?;
     ensure!(out.contains(sum.trim()), "sent {sum:?}, read:\n{out}");
-    assert_is_clean(&power_off(&guest)?, 1)
+    Ok(())
 }
 
 fn a_reset_ends_a_guest_that_is_to_stop(lab: &Lab) -> anyhow::Result<()> {
