@@ -1,6 +1,7 @@
 @0xb94e2c1d7a3f5802;
 # What a guest is made of. Mirrors fuchsia.virtualization/GuestConfig.
 
+using Block = import "block.capnp";
 using Common = import "common.capnp";
 using Guest = import "guest.capnp";
 using Snapshot = import "snapshot.capnp";
@@ -143,8 +144,8 @@ struct BlockConfig {
     qcow2 @3 :Common.FileSource;
     # An image in the qcow2 format, version 2 or 3: a descriptor as of a raw one. badConfig is one that is encrypted, marked as dirty or
     # corrupt, or whose data is not all in this file: no backing file, no file for data, since guest-vmm opens no path.
-    service @4 :AnyPointer;
-    # Not supported yet: badConfig. A block service, whose interface comes with the devices.
+    service @4 :Block.BlockService;
+    # Data that a client keeps, on any channel. What kept it last is to be gone before: a service knows no locks.
   }
   limits @5 :RateLimits;
   queues @6 :UInt16 = 1;

@@ -45,6 +45,7 @@
 //! Limits: one host, Unix sockets only.
 
 mod balloon;
+mod block;
 mod call;
 mod channel;
 mod debugger;
@@ -60,18 +61,20 @@ mod serial;
 mod vsock;
 
 pub use balloon::{Balloon, BalloonSize, MemoryStatistic};
+pub use block::image_service;
 pub use call::Call;
 pub use debugger::{Debugger, MemoryRead};
 pub use dump::{CoreDump, DumpError};
 pub use error::{ClientError, ConnectError};
 pub use events::{Events, EventsClosed};
 pub use guest::{Control, Guest, GuestExit, Observer, Subscription};
+pub use guest_schema::block_capnp::block_service::Client as BlockService;
 pub use guest_schema::guest_capnp::vsock_acceptor::Client as VsockAcceptor;
 pub use guest_schema::{
     AddressSpace, BlockConfig, BlockMode, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt,
-    DebuggedVps, DeviceError, DevicesConfig, Event, EventKind, Exit, Failure, FileSource, GuestConfig,
-    GuestError, GuestState, HaltReason, ImageFormat, LossPolicy, MacAddress, MemDeviceConfig, MemoryConfig,
-    NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering,
+    DebuggedVps, DeviceError, DevicesConfig, DiskSource, Event, EventKind, Exit, Failure, FileSource,
+    GuestConfig, GuestError, GuestState, HaltReason, ImageFormat, LossPolicy, MacAddress, MemDeviceConfig,
+    MemoryConfig, NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering,
     SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig,
     UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
 };

@@ -1,12 +1,13 @@
 //! The lease of one guest.
 
+use crate::block::image_service;
 use crate::call::{Call, SharedCall, failure_beside};
 use crate::channel::Channel;
 use crate::error::ClientError;
 use crate::file::FileServer;
 use crate::guest::{Control, Guest};
 use guest_schema::guest_capnp::guest_lifecycle;
-use guest_schema::{Failure, FileSource, GuestConfig};
+use guest_schema::{BlockMode, DiskSource, Failure, FileSource, GuestConfig, ImageFormat};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use tokio::sync::watch;
@@ -51,6 +52,25 @@ impl Lifecycle {
             Files::Descriptors => FileSource::Descriptor(self.channel.descriptors.push(file.into())),
             Files::Served => FileSource::File(FileServer::client(file.into())),
         }
+    }
+
+    /// Makes an open image part of a config for this lifecycle, as the source of a disk: its descriptor goes with the next message, or,
+    /// of a raw image on a proxied lifecycle, this process serves what the guest reads and writes (see
+    /// [`image_service`](crate::image_service)), for as long as the guest has the disk.
+    ///
+    /// # Errors
+    /// Those of [`image_service`](crate::image_service). What is wrong with an image that goes as a descriptor is told by `create`.
+    pub fn image(
+        &self,
+        image: impl Into<OwnedFd>,
+        format: ImageFormat,
+        mode: BlockMode,
+    ) -> std::io::Result<DiskSource> {
+        if self.files == Files::Served && format == ImageFormat::Raw {
+            let service = image_service(image, mode == BlockMode::ReadWrite)?;
+            return Ok(DiskSource::Service(Some(service)));
+        }
+        Ok(DiskSource::Image(format, Some(self.file(image))))
     }
 
     /// Makes any open descriptor part of a config for this lifecycle, as the back end of a device: it goes with the next message, and

@@ -1,9 +1,14 @@
 //! Disks of a guest's config.
 
-use crate::config::{not_supported, read_file, utf8, write_file};
+use crate::block_capnp::{block_service, block_service_info};
+use crate::config::{read_file, utf8, write_file};
 use crate::config_capnp as wire;
 use crate::{ConfigFault, FileSource};
 use capnp::struct_list;
+use std::fmt;
+
+/// The most bytes that one read or write of a block service moves.
+pub const MAX_BLOCK_TRANSFER: u32 = 256 << 10;
 
 /// What becomes of writes to a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,13 +32,79 @@ pub enum ImageFormat {
     Qcow2,
 }
 
+/// Where a disk's data is.
+#[derive(Clone)]
+pub enum DiskSource {
+    /// In an image: a descriptor.
+    Image(ImageFormat, Option<FileSource>),
+    /// Where a client keeps it.
+    Service(Option<block_service::Client>),
+}
+
+/// A capability has nothing to show.
+impl fmt::Debug for DiskSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(format, image) => f.debug_tuple("Image").field(format).field(image).finish(),
+            Self::Service(service) => f.debug_tuple("Service").field(&service.is_some()).finish(),
+        }
+    }
+}
+
+impl DiskSource {
+    /// The field of `BlockConfig` in which it is.
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::Image(format, _) => format.field(),
+            Self::Service(_) => "format.service",
+        }
+    }
+
+    /// Whether anything was given.
+    pub fn is_given(&self) -> bool {
+        match self {
+            Self::Image(_, image) => image.is_some(),
+            Self::Service(service) => service.is_some(),
+        }
+    }
+}
+
 impl ImageFormat {
-    /// The field of `BlockConfig` in which such an image is.
-    pub fn field(self) -> &'static str {
+    fn field(self) -> &'static str {
         match self {
             Self::Raw => "format.file",
             Self::Qcow2 => "format.qcow2",
         }
+    }
+}
+
+/// What a block service says of its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockServiceInfo {
+    /// Its size: a sector of 512 at least; a rest of one is left out.
+    pub bytes: u64,
+    /// The block that is written without reading around it: a power of two from 512 to 64 KiB.
+    pub block_bytes: u32,
+    /// It takes no writes.
+    pub read_only: bool,
+}
+
+impl BlockServiceInfo {
+    /// As it is on the wire.
+    pub fn read(reader: block_service_info::Reader<'_>) -> Self {
+        Self {
+            bytes: reader.get_bytes(),
+            block_bytes: reader.get_block_bytes(),
+            read_only: reader.get_read_only(),
+        }
+    }
+
+    /// The same onto the wire.
+    pub fn write(self, mut builder: block_service_info::Builder<'_>) {
+        let Self { bytes, block_bytes, read_only } = self;
+        builder.set_bytes(bytes);
+        builder.set_block_bytes(block_bytes);
+        builder.set_read_only(read_only);
     }
 }
 
@@ -54,10 +125,8 @@ pub struct BlockConfig {
     pub id: String,
     /// What becomes of writes.
     pub mode: BlockMode,
-    /// What the image is.
-    pub format: ImageFormat,
-    /// The image: a descriptor.
-    pub image: Option<FileSource>,
+    /// Where its data is.
+    pub source: DiskSource,
     /// How much the guest may do with it.
     pub limits: RateLimits,
     /// How many virtqueues: 1 to 16.
@@ -65,16 +134,14 @@ pub struct BlockConfig {
 }
 
 impl BlockConfig {
-    /// A raw image without limits, with an empty id and one queue.
+    /// A disk without limits, with an empty id and one queue.
+    pub fn new(source: DiskSource, mode: BlockMode) -> Self {
+        Self { id: String::new(), mode, source, limits: RateLimits::default(), queues: 1 }
+    }
+
+    /// The same over a raw image.
     pub fn raw(image: FileSource, mode: BlockMode) -> Self {
-        Self {
-            id: String::new(),
-            mode,
-            format: ImageFormat::Raw,
-            image: Some(image),
-            limits: RateLimits::default(),
-            queues: 1,
-        }
+        Self::new(DiskSource::Image(ImageFormat::Raw, Some(image)), mode)
     }
 
     pub(crate) fn read_all(
@@ -100,23 +167,22 @@ impl BlockConfig {
             }
         };
         let mut read = |format: ImageFormat, file| {
-            read_file(file, &field(format.field()), faults).map(|image| (format, image))
+            read_file(file, &field(format.field()), faults).map(|image| DiskSource::Image(format, image))
         };
-        let (format, image) = match reader.get_format().which() {
+        let source = match reader.get_format().which() {
             Ok(wire::block_config::format::File(file)) => read(ImageFormat::Raw, file?)?,
             Ok(wire::block_config::format::Qcow2(file)) => read(ImageFormat::Qcow2, file?)?,
-            Ok(wire::block_config::format::Service(_)) => {
-                faults.push(not_supported(&field("format.service")));
-                (ImageFormat::Raw, None)
+            Ok(wire::block_config::format::Service(service)) => {
+                DiskSource::Service(if reader.get_format().has_service() { Some(service?) } else { None })
             }
             Err(unknown) => {
                 faults.push(ConfigFault::new(field("format"), format!("unknown kind {}", unknown.0)));
-                (ImageFormat::Raw, None)
+                DiskSource::Image(ImageFormat::Raw, None)
             }
         };
         let id = utf8(reader.get_id()?, &field("id"), faults);
         let limits = RateLimits::read(reader.get_limits()?);
-        Ok(Self { id, mode, format, image, limits, queues: reader.get_queues() })
+        Ok(Self { id, mode, source, limits, queues: reader.get_queues() })
     }
 
     pub(crate) fn write_all<'a>(
@@ -130,19 +196,20 @@ impl BlockConfig {
     }
 
     fn write(&self, mut builder: wire::block_config::Builder<'_>) {
-        let Self { id, mode, format, image, limits, queues } = self;
+        let Self { id, mode, source, limits, queues } = self;
         builder.set_id(&id[..]);
         builder.set_mode(match mode {
             BlockMode::ReadWrite => wire::BlockMode::ReadWrite,
             BlockMode::ReadOnly => wire::BlockMode::ReadOnly,
             BlockMode::VolatileWrite => wire::BlockMode::VolatileWrite,
         });
-        let source = builder.reborrow().get_format();
-        let source = match format {
-            ImageFormat::Raw => source.init_file(),
-            ImageFormat::Qcow2 => source.init_qcow2(),
-        };
-        write_file(image.as_ref(), source);
+        let mut format = builder.reborrow().get_format();
+        match source {
+            DiskSource::Image(ImageFormat::Raw, image) => write_file(image.as_ref(), format.init_file()),
+            DiskSource::Image(ImageFormat::Qcow2, image) => write_file(image.as_ref(), format.init_qcow2()),
+            DiskSource::Service(Some(service)) => format.set_service(service.clone()),
+            DiskSource::Service(None) => {}
+        }
         limits.write(builder.reborrow().init_limits());
         builder.set_queues(*queues);
     }
@@ -188,26 +255,17 @@ mod tests {
             operations_per_second: 3,
             operations_burst: u64::MAX,
         };
-        let disks =
-            [BlockMode::ReadWrite, BlockMode::ReadOnly, BlockMode::VolatileWrite].map(|mode| BlockConfig {
-                id: format!("{mode:?}"),
-                limits,
-                queues: 4,
-                format: if mode == BlockMode::ReadOnly { ImageFormat::Qcow2 } else { ImageFormat::Raw },
-                ..BlockConfig::raw(FileSource::Descriptor(7), mode)
-            });
+        let disks = [BlockMode::ReadWrite, BlockMode::ReadOnly, BlockMode::VolatileWrite].map(|mode| {
+            BlockConfig { id: format!("{mode:?}"), limits, queues: 4, ..BlockConfig::new(source(mode), mode) }
+        });
         let (again, faults) =
             read(|mut builder| BlockConfig::write_all(&disks, |count| builder.reborrow().init_block(count)));
         assert!(faults.is_empty(), "{faults:?}");
         assert_eq!(format!("{again:?}"), format!("{disks:?}"));
     }
 
-    #[test]
-    fn what_is_not_supported_is_named() {
-        let (_, faults) = read(|builder| {
-            let disks = builder.init_block(3);
-            disks.get(2).get_format().init_service();
-        });
-        assert_eq!(faults, ["block[2].format.service: not supported"]);
+    fn source(mode: BlockMode) -> DiskSource {
+        let format = if mode == BlockMode::ReadOnly { ImageFormat::Qcow2 } else { ImageFormat::Raw };
+        DiskSource::Image(format, Some(FileSource::Descriptor(7)))
     }
 }

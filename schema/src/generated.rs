@@ -10,6 +10,8 @@
 )]
 
 #[rustfmt::skip]
+pub mod block_capnp;
+#[rustfmt::skip]
 pub mod common_capnp;
 #[rustfmt::skip]
 pub mod config_capnp;

@@ -19,7 +19,9 @@ mod timeline;
 mod units;
 mod vsock;
 
-pub use block::{BlockConfig, BlockMode, ImageFormat, RateLimits};
+pub use block::{
+    BlockConfig, BlockMode, BlockServiceInfo, DiskSource, ImageFormat, MAX_BLOCK_TRANSFER, RateLimits,
+};
 pub use config::{
     ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
 };

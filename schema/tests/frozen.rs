@@ -17,7 +17,7 @@ fn code_generator_request() -> capnp::message::Reader<capnp::serialize::OwnedSeg
         .args(["compile", "-I/usr/include", "-o-", "--src-prefix"])
         .arg(schema)
         .args(
-            ["common", "config", "snapshot", "guest", "host", "vmm"]
+            ["common", "block", "config", "snapshot", "guest", "host", "vmm"]
                 .map(|f| schema.join(format!("{f}.capnp"))),
         )
         .output()

@@ -97,7 +97,7 @@ impl OpenDevices {
     /// The devices of a guest of this lifecycle. A vsock device comes with its sockets.
     pub fn config(self, lifecycle: &Lifecycle) -> Outcome<DevicesConfig> {
         let Self { disks, net, rng, balloon, console, mem } = self;
-        let block = disks.into_iter().map(|disk| disk.config(lifecycle)).collect();
+        let block = disks.into_iter().map(|disk| disk.config(lifecycle)).collect::<Outcome<_>>()?;
         let net = net.into_iter().map(|net| net.config(lifecycle)).collect::<Outcome<_>>()?;
         Ok(DevicesConfig { block, net, rng, balloon, console, mem, vsock: None })
     }

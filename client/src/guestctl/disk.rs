@@ -4,7 +4,8 @@ use crate::ending::{Outcome, Trouble};
 use crate::pairs::{LIMITS, Pairs};
 use guest_client::{BlockConfig, BlockMode, ImageFormat, Lifecycle, RateLimits};
 use std::fs::{File, OpenOptions};
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 const KEYS: [&str; 6] = ["path", "id", "readonly", "volatile", "format", "queues"];
 
@@ -64,18 +65,22 @@ impl Disk {
     pub fn open(&self) -> Outcome<OpenDisk> {
         let mut options = OpenOptions::new();
         options.read(true).write(self.mode == BlockMode::ReadWrite);
-        let image = options
-            .open(&self.path)
-            .map_err(|error| Trouble::Usage(format!("--disk path={}: {error}", self.path.display())))?;
+        let image = options.open(&self.path).map_err(|error| unusable(&self.path, &error))?;
         Ok(OpenDisk { disk: self.clone(), image })
     }
 }
 
+fn unusable(path: &Path, error: &io::Error) -> Trouble {
+    Trouble::Usage(format!("--disk path={}: {error}", path.display()))
+}
+
 impl OpenDisk {
     /// The disk as part of a config.
-    pub fn config(self, lifecycle: &Lifecycle) -> BlockConfig {
-        let Disk { path: _, id, mode, format, limits, queues } = self.disk;
-        BlockConfig { id, format, limits, queues, ..BlockConfig::raw(lifecycle.file(self.image), mode) }
+    pub fn config(self, lifecycle: &Lifecycle) -> Outcome<BlockConfig> {
+        let Disk { path, id, mode, format, limits, queues } = self.disk;
+        let source = lifecycle.image(self.image, format, mode);
+        let source = source.map_err(|error| unusable(&path, &error))?;
+        Ok(BlockConfig { id, limits, queues, ..BlockConfig::new(source, mode) })
     }
 }
 

@@ -1,5 +1,7 @@
 //! Disks.
 
+mod service;
+
 use super::RequestedDevices;
 use crate::config::refused;
 use crate::vm::{Cancel, cancelled};
@@ -10,9 +12,11 @@ use ::devices::virtio::block::{
 };
 use ::devices::virtio::rate_limit::{Rate, RateLimits};
 use guest_schema::{
-    BlockConfig, BlockMode, ConfigFault, DeviceError, Failure, FileSource, GuestError, ImageFormat, chain,
+    BlockConfig, BlockMode, ConfigFault, DeviceError, DiskSource, Failure, FileSource, GuestError,
+    ImageFormat, chain,
 };
 use guest_transport::Descriptors;
+use service::Services;
 use std::collections::HashSet;
 use std::error::Error;
 use std::os::fd::OwnedFd;
@@ -34,19 +38,20 @@ pub(crate) fn take_images(
     faults: &mut Vec<ConfigFault>,
 ) -> Vec<Option<OwnedFd>> {
     let mut take = |(index, disk): (usize, &BlockConfig)| {
-        let taken = match disk.image.as_ref()? {
+        let DiskSource::Image(_, Some(image)) = &disk.source else { return None };
+        let taken = match image {
             FileSource::Descriptor(number) => descriptors.take(*number).map_err(|error| error.to_string()),
             FileSource::File(_) => {
                 Err("a disk's image has to be a descriptor, which a proxied channel does not pass".into())
             }
         };
-        taken.map_err(|problem| faults.push(image_fault(index, disk.format, problem))).ok()
+        taken.map_err(|problem| faults.push(source_fault(index, disk.source.field(), problem))).ok()
     };
     disks.iter().enumerate().map(&mut take).collect()
 }
 
-fn image_fault(index: usize, format: ImageFormat, problem: String) -> ConfigFault {
-    ConfigFault::new(format!("block[{index}].{}", format.field()), problem)
+fn source_fault(index: usize, field: &str, problem: String) -> ConfigFault {
+    ConfigFault::new(format!("block[{index}].{field}"), problem)
 }
 
 /// What is wrong with the disks of a config, as far as it shows without their images.
@@ -68,16 +73,16 @@ pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
         if !(1..=MAX_QUEUES).contains(&disk.queues) {
             fault("queues", format!("{} is not from 1 to {MAX_QUEUES}", disk.queues));
         }
-        if disk.image.is_none() {
-            fault(disk.format.field(), "none was given".into());
+        if !disk.source.is_given() {
+            fault(disk.source.field(), "none was given".into());
         }
     }
     faults
 }
 
-/// Adds the disks. Whatever is wrong with an image is a fault; all of them are in one failure.
+/// Adds the disks. Whatever is wrong with an image or a service is a fault; all of them are in one failure.
 ///
-/// Locks and first reads may take as long as a slow file system lets them: they are made on the blocking pool. When the create is
+/// Services are asked one after the other. Locks and first reads may take as long as a slow file system lets them: they are made on the blocking pool. When the create is
 /// cancelled, the image that is being opened is waited for, so that all are free once this answers; one that takes longer than
 /// [`LAST_IMAGE`] is left to the pool, as all are when this is dropped, and the pool lets go of them.
 pub(super) async fn add(
@@ -89,10 +94,17 @@ pub(super) async fn add(
     if disks.is_empty() {
         return Ok(());
     }
-    let disk = |(index, (disk, image))| RequestedDisk::new(index, disk, image, &devices.told);
-    let disks: Vec<_> = disks.iter().zip(images).enumerate().map(disk).collect();
+    let (services, mut requested) = (Services::default(), Vec::new());
+    for (index, (disk, image)) in disks.iter().zip(images).enumerate() {
+        let data = tokio::select! {
+            biased;
+            data = data(&disk.source, image, disk.mode, &services) => data,
+            () = cancel.cancelled() => return Err(cancelled()),
+        };
+        requested.push(RequestedDisk::new(index, disk, data, &devices.told));
+    }
     let flag = cancel.clone();
-    let making = tokio::task::spawn_blocking(move || specs(disks, &flag));
+    let making = tokio::task::spawn_blocking(move || specs(requested, &flag));
     let given_up = async {
         cancel.cancelled().await;
         tokio::time::sleep(LAST_IMAGE).await;
@@ -106,11 +118,34 @@ pub(super) async fn add(
     Ok(())
 }
 
+/// Where a disk's data is.
+enum Data {
+    Image(ImageFormat, OwnedFd),
+    Service(DiskImage),
+}
+
+/// What has a disk's data, or what is wrong with that.
+async fn data(
+    source: &DiskSource,
+    image: Option<OwnedFd>,
+    mode: BlockMode,
+    services: &Services,
+) -> Result<Data, String> {
+    match (source, image) {
+        (DiskSource::Image(format, _), Some(image)) => Ok(Data::Image(*format, image)),
+        (DiskSource::Service(Some(service)), _) => {
+            let disk = services.disk(service.clone(), mode).await;
+            disk.map(Data::Service).map_err(|error| chain(&error))
+        }
+        (DiskSource::Image(..), None) | (DiskSource::Service(None), _) => Err("none was given".into()),
+    }
+}
+
 /// A disk as the blocking pool takes it.
 struct RequestedDisk {
     index: usize,
-    image: Option<OwnedFd>,
-    format: ImageFormat,
+    field: &'static str,
+    data: Result<Data, String>,
     mode: BlockMode,
     options: BlockOptions,
 }
@@ -119,7 +154,7 @@ impl RequestedDisk {
     fn new(
         index: usize,
         disk: &BlockConfig,
-        image: Option<OwnedFd>,
+        data: Result<Data, String>,
         errors: &mpsc::Sender<DeviceError>,
     ) -> Self {
         let errors = errors.clone();
@@ -131,17 +166,20 @@ impl RequestedDisk {
             // A log that cannot take them all is no reason to keep the device waiting.
             on_error: OnError::new(move |error| drop(errors.try_send(told(error)))),
         };
-        Self { index, image, format: disk.format, mode: disk.mode, options }
+        Self { index, field: disk.source.field(), data, mode: disk.mode, options }
     }
 
     fn spec(self) -> Result<VirtioSpec, DiskError> {
-        let Self { index, image, format, mode, options } = self;
-        let fault = |problem: String| DiskError::Image(image_fault(index, format, problem));
-        let image = image.ok_or_else(|| fault("none was given".into()))?;
-        let image = open(image, format, mode).map_err(|error| match error {
-            ImageError::NoUring(_) => DiskError::Host(unmade(index, &error)),
-            error => fault(chain(&error)),
-        })?;
+        let Self { index, field, data, mode, options } = self;
+        let fault = |problem: String| DiskError::Source(source_fault(index, field, problem));
+        let image = match data.map_err(fault)? {
+            Data::Service(image) => image,
+            Data::Image(format, image) => open(image, format, mode).map_err(|error| match error {
+                ImageError::NoUring(_) => DiskError::Host(unmade(index, &error)),
+                error => fault(chain(&error)),
+            })?,
+        };
+        let image = if mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image };
         let made = Block::spec(name(index), image, options);
         made.map(|(spec, _handle)| spec).map_err(|error| DiskError::Host(unmade(index, &error)))
     }
@@ -149,8 +187,8 @@ impl RequestedDisk {
 
 /// Why there is no disk.
 enum DiskError {
-    /// Its image.
-    Image(ConfigFault),
+    /// Its image or service.
+    Source(ConfigFault),
     /// The host, which will not make another one either.
     Host(Failure),
 }
@@ -164,7 +202,7 @@ fn specs(disks: Vec<RequestedDisk>, cancel: &Cancel) -> Result<Vec<VirtioSpec>, 
         }
         match disk.spec() {
             Ok(spec) => specs.push(spec),
-            Err(DiskError::Image(fault)) => faults.push(fault),
+            Err(DiskError::Source(fault)) => faults.push(fault),
             Err(DiskError::Host(failure)) => return Err(failure),
         }
     }
@@ -174,11 +212,10 @@ fn specs(disks: Vec<RequestedDisk>, cancel: &Cancel) -> Result<Vec<VirtioSpec>, 
 fn open(image: OwnedFd, format: ImageFormat, mode: BlockMode) -> Result<DiskImage, ImageError> {
     let writable = mode == BlockMode::ReadWrite;
     let file = ImageFile::lock(image, writable)?;
-    let image = match format {
-        ImageFormat::Raw => UringDisk::open(file)?,
-        ImageFormat::Qcow2 => Qcow2Disk::open(file, writable)?,
-    };
-    Ok(if mode == BlockMode::VolatileWrite { Overlay::over(image) } else { image })
+    match format {
+        ImageFormat::Raw => UringDisk::open(file),
+        ImageFormat::Qcow2 => Qcow2Disk::open(file, writable),
+    }
 }
 
 fn name(index: usize) -> String {
@@ -243,9 +280,10 @@ mod tests {
     fn every_fault_is_named() {
         let disks = [
             disk("a"),
-            BlockConfig { queues: 0, image: None, ..disk("a") },
+            BlockConfig { queues: 0, source: DiskSource::Image(ImageFormat::Raw, None), ..disk("a") },
             BlockConfig { queues: 17, ..disk("äääääääääää") },
-            BlockConfig { format: ImageFormat::Qcow2, image: None, ..disk("b") },
+            BlockConfig { source: DiskSource::Image(ImageFormat::Qcow2, None), ..disk("b") },
+            BlockConfig { source: DiskSource::Service(None), ..disk("c") },
         ];
         assert_eq!(
             problems(&disks),
@@ -256,6 +294,7 @@ mod tests {
                 "block[2].id: the 22 bytes of \"äääääääääää\" are more than 20",
                 "block[2].queues: 17 is not from 1 to 16",
                 "block[3].format.qcow2: none was given",
+                "block[4].format.service: none was given",
             ]
         );
     }
@@ -341,7 +380,8 @@ mod tests {
 
     #[test]
     fn every_image_that_is_none_is_named_by_its_field() {
-        let disks = vec![disk("a"), BlockConfig { format: ImageFormat::Qcow2, ..disk("b") }];
+        let disks =
+            vec![disk("a"), BlockConfig { source: DiskSource::Image(ImageFormat::Qcow2, None), ..disk("b") }];
         let images = [100, 4096].map(|bytes| Some(image_of(bytes).into())).into();
         let failure = refused_with(disks, images);
         for problem in [

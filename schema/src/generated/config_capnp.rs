@@ -3479,7 +3479,7 @@ pub mod block_config {
                     }
                     2 => {
                         ::core::result::Result::Ok(Service(
-                            ::capnp::any_pointer::Reader::new(self.reader.get_pointer_field(1))
+                            match self.reader.get_pointer_field(1).get_capability() { ::core::result::Result::Ok(c) => ::core::result::Result::Ok(::capnp::capability::FromClientHook::new(c)), ::core::result::Result::Err(e) => ::core::result::Result::Err(e)}
                         ))
                     }
                     x => ::core::result::Result::Err(::capnp::NotInSchema(x))
@@ -3570,11 +3570,9 @@ pub mod block_config {
                 !self.builder.is_pointer_field_null(1)
             }
             #[inline]
-            pub fn init_service(self, ) -> ::capnp::any_pointer::Builder<'a> {
+            pub fn set_service(&mut self, value: crate::block_capnp::block_service::Client)  {
                 self.builder.set_data_field::<u16>(1, 2);
-                let mut result = ::capnp::any_pointer::Builder::new(self.builder.get_pointer_field(1));
-                result.clear();
-                result
+                self.builder.reborrow().get_pointer_field(1).set_capability(value.client.hook);
             }
             #[inline]
             pub fn has_service(&self) -> bool {
@@ -3596,7 +3594,7 @@ pub mod block_config {
                     }
                     2 => {
                         ::core::result::Result::Ok(Service(
-                            ::capnp::any_pointer::Builder::new(self.builder.get_pointer_field(1))
+                            match self.builder.get_pointer_field(1).get_capability() { ::core::result::Result::Ok(c) => ::core::result::Result::Ok(::capnp::capability::FromClientHook::new(c)), ::core::result::Result::Err(e) => ::core::result::Result::Err(e)}
                         ))
                     }
                     x => ::core::result::Result::Err(::capnp::NotInSchema(x))
@@ -3669,11 +3667,11 @@ pub mod block_config {
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(115, 101, 114, 118, 105, 99, 101, 0),
-                ::capnp::word(18, 0, 0, 0, 0, 0, 0, 0),
+                ::capnp::word(17, 0, 0, 0, 0, 0, 0, 0),
+                ::capnp::word(95, 237, 59, 24, 177, 67, 233, 170),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
-                ::capnp::word(18, 0, 0, 0, 0, 0, 0, 0),
+                ::capnp::word(17, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
                 ::capnp::word(0, 0, 0, 0, 0, 0, 0, 0),
             ];
@@ -3681,7 +3679,7 @@ pub mod block_config {
                 match index {
                     0 => <crate::common_capnp::file_source::Owned as ::capnp::introspect::Introspect>::introspect(),
                     1 => <crate::common_capnp::file_source::Owned as ::capnp::introspect::Introspect>::introspect(),
-                    2 => <::capnp::any_pointer::Owned as ::capnp::introspect::Introspect>::introspect(),
+                    2 => <crate::block_capnp::block_service::Owned as ::capnp::introspect::Introspect>::introspect(),
                     _ => ::capnp::introspect::panic_invalid_field_index(index),
                 }
             }
@@ -3700,13 +3698,13 @@ pub mod block_config {
             pub(crate) static MEMBERS_BY_NAME : &[u16] = &[0,1,2];
             pub(crate) const TYPE_ID: u64 = 0xefc3_09d2_80ce_fd00;
         }
-        pub enum Which<A0,A1,A2> {
+        pub enum Which<A0,A1> {
             File(A0),
             Qcow2(A1),
-            Service(A2),
+            Service(::capnp::Result<crate::block_capnp::block_service::Client>),
         }
-        pub type WhichReader<'a,> = Which<::capnp::Result<crate::common_capnp::file_source::Reader<'a>>,::capnp::Result<crate::common_capnp::file_source::Reader<'a>>,::capnp::any_pointer::Reader<'a>>;
-        pub type WhichBuilder<'a,> = Which<::capnp::Result<crate::common_capnp::file_source::Builder<'a>>,::capnp::Result<crate::common_capnp::file_source::Builder<'a>>,::capnp::any_pointer::Builder<'a>>;
+        pub type WhichReader<'a,> = Which<::capnp::Result<crate::common_capnp::file_source::Reader<'a>>,::capnp::Result<crate::common_capnp::file_source::Reader<'a>>>;
+        pub type WhichBuilder<'a,> = Which<::capnp::Result<crate::common_capnp::file_source::Builder<'a>>,::capnp::Result<crate::common_capnp::file_source::Builder<'a>>>;
     }
 }
 

@@ -59,6 +59,7 @@ fn main() -> ExitCode {
         test("a_panic_of_linux_is_told", board::a_panic_of_linux_is_told),
         test("linux_gets_random_bytes", rng::linux_gets_random_bytes),
         test("linux_keeps_files_on_a_disk", block::linux_keeps_files_on_a_disk),
+        test("linux_keeps_files_with_its_client", block::linux_keeps_files_with_its_client),
         test("linux_keeps_files_in_a_qcow2_image", block::linux_keeps_files_in_a_qcow2_image),
         test("a_shell_on_hvc0_knows_its_size", console::a_shell_on_hvc0_knows_its_size),
         test("a_named_port_carries_bytes_both_ways", console::a_named_port_carries_bytes_both_ways),

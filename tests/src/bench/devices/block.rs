@@ -191,7 +191,9 @@ impl Disk {
         let (spec, _) = Block::spec("disk", image, options)?;
         let driver = FakeDriver::ready(spec, u64::MAX);
         let ram = driver.ram();
-        let place = |_| [ram.allocate(16), ram.allocate(STREAM as u64), ram.allocate(1)];
+        // Aligned as the floor's buffers are, and those of guests.
+        let data = || ram.allocate((STREAM + PAGE) as u64).next_multiple_of(PAGE as u64);
+        let place = |_| [ram.allocate(16), data(), ram.allocate(1)];
         let places = (0..32).map(place).collect();
         Ok(Self { driver, places })
     }

@@ -1,9 +1,8 @@
 //! A disk's image as an open file: what may be done with it, and its lock.
 
-// UNSAFETY: open file description locks are not in rustix.
-#![expect(unsafe_code, reason = "one fcntl that rustix lacks")]
-
 use super::disk::DiskSize;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -103,18 +102,13 @@ fn set_lock(file: &OwnedFd, writable: bool) -> Result<(), ImageError> {
         l_len: 0,
         l_pid: 0,
     };
-    // SAFETY: the descriptor is open, and the call reads one flock.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Err(Errno::EAGAIN | Errno::EACCES) => {
             Err(ImageError::Locked(if writable { "a lock on it" } else { "it for writing" }))
         }
         // A file system without locks has none to respect.
-        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(()),
-        _ => Err(error.into()),
+        Ok(_) | Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+        Err(error) => Err(io::Error::from(error).into()),
     }
 }
 

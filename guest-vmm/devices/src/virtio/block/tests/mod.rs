@@ -5,6 +5,7 @@ mod model;
 mod overlay;
 mod qcow2;
 mod requests;
+mod service;
 mod shapes;
 mod under_way;
 
@@ -77,12 +78,13 @@ fn image(file: &File, writable: bool) -> DiskImage {
 enum Backing {
     Raw,
     Qcow2,
+    Service,
     Overlay,
     Qcow2Overlay,
 }
 
 impl Backing {
-    const ALL: [Self; 4] = [Self::Raw, Self::Qcow2, Self::Overlay, Self::Qcow2Overlay];
+    const ALL: [Self; 5] = [Self::Raw, Self::Qcow2, Self::Service, Self::Overlay, Self::Qcow2Overlay];
 
     fn is_qcow2(self) -> bool {
         matches!(self, Self::Qcow2 | Self::Qcow2Overlay)
@@ -102,6 +104,7 @@ impl Backing {
         match self {
             Self::Raw => image(file, true),
             Self::Qcow2 => qcow2(file, true),
+            Self::Service => service::image(file.try_clone().expect("again")),
             Self::Overlay => Overlay::over(image(&file_again(file), false)),
             Self::Qcow2Overlay => Overlay::over(qcow2(&file_again(file), false)),
         }
