@@ -82,9 +82,10 @@ pub(super) fn faults(disks: &[BlockConfig]) -> Vec<ConfigFault> {
 
 /// Adds the disks. Whatever is wrong with an image or a service is a fault; all of them are in one failure.
 ///
-/// Services are asked one after the other. Locks and first reads may take as long as a slow file system lets them: they are made on the blocking pool. When the create is
-/// cancelled, the image that is being opened is waited for, so that all are free once this answers; one that takes longer than
-/// [`LAST_IMAGE`] is left to the pool, as all are when this is dropped, and the pool lets go of them.
+/// Services are asked one after the other. Images are locked and first read on the blocking pool, which may take as long as a slow
+/// file system lets it. When the create is cancelled, the image that is being opened is waited for, so that all are free once this
+/// answers; one that takes longer than [`LAST_IMAGE`] is left to the pool, as all are when this is dropped, and the pool lets go of
+/// them.
 pub(super) async fn add(
     disks: &[BlockConfig],
     images: Vec<Option<OwnedFd>>,

@@ -7,7 +7,8 @@ use std::os::unix::fs::FileExt;
 use devices::virtio::block::ImageFile;
 use guest_client::{EventKind, Observer};
 use guest_schema::{
-    BlockConfig, BlockMode, DeviceError, DevicesConfig, GuestConfig, GuestError, ImageFormat, Outcome,
+    BlockConfig, BlockMode, DeviceError, DevicesConfig, DiskSource, GuestConfig, GuestError, ImageFormat,
+    Outcome,
 };
 use guest_tests::driver::{Buffer, ScriptedDriver};
 use guest_tests::service::PATIENCE;
@@ -89,9 +90,9 @@ pub async fn an_image_has_one_writer_or_any_number_of_readers(stage: Stage) -> S
 
 pub async fn what_is_no_image_is_named_by_its_field(stage: Stage) -> Story {
     let player = stage.launch("").await?;
-    let disk = |file: File, format| BlockConfig {
-        format,
-        ..BlockConfig::raw(player.lifecycle.file(file), BlockMode::ReadWrite)
+    let disk = |file: File, format| {
+        let source = DiskSource::Image(format, Some(player.lifecycle.file(file)));
+        BlockConfig::new(source, BlockMode::ReadWrite)
     };
     let disks = vec![
         disk(image(100)?, ImageFormat::Raw),
@@ -109,7 +110,7 @@ pub async fn what_is_no_image_is_named_by_its_field(stage: Stage) -> Story {
     Ok(player.lifecycle.create(&with_disks(player.config(Act::Spin)?, good)).await?)
 }
 
-pub async fn a_proxied_guest_has_no_disks(stage: Stage) -> Story {
+pub async fn an_image_does_not_go_over_a_proxied_channel(stage: Stage) -> Story {
     let player = stage.launch("").await?;
     let config = config(&player, &image(4096)?, BlockMode::ReadOnly)?;
     let problem =
