@@ -5,9 +5,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use devices::virtio::block::ImageFile;
-use guest_client::{EventKind, Observer};
+use guest_client::{EventKind, Observer, image_service};
 use guest_schema::{
-    BlockConfig, BlockMode, DeviceError, DevicesConfig, GuestConfig, GuestError, ImageFormat, Outcome,
+    BlockConfig, BlockMode, DeviceError, DevicesConfig, DiskSource, GuestConfig, GuestError, ImageFormat,
+    Outcome,
 };
 use guest_tests::driver::{Buffer, ScriptedDriver};
 use guest_tests::service::PATIENCE;
@@ -89,9 +90,9 @@ pub async fn an_image_has_one_writer_or_any_number_of_readers(stage: Stage) -> S
 
 pub async fn what_is_no_image_is_named_by_its_field(stage: Stage) -> Story {
     let player = stage.launch("").await?;
-    let disk = |file: File, format| BlockConfig {
-        format,
-        ..BlockConfig::raw(player.lifecycle.file(file), BlockMode::ReadWrite)
+    let disk = |file: File, format| {
+        let source = DiskSource::Image(format, Some(player.lifecycle.file(file)));
+        BlockConfig::new(source, BlockMode::ReadWrite)
     };
     let disks = vec![
         disk(image(100)?, ImageFormat::Raw),
@@ -109,7 +110,7 @@ pub async fn what_is_no_image_is_named_by_its_field(stage: Stage) -> Story {
     Ok(player.lifecycle.create(&with_disks(player.config(Act::Spin)?, good)).await?)
 }
 
-pub async fn a_proxied_guest_has_no_disks(stage: Stage) -> Story {
+pub async fn an_image_does_not_go_over_a_proxied_channel(stage: Stage) -> Story {
     let player = stage.launch("").await?;
     let config = config(&player, &image(4096)?, BlockMode::ReadOnly)?;
     let problem =
@@ -170,12 +171,22 @@ async fn next_error(observer: &Observer) -> anyhow::Result<DeviceError> {
     tokio::time::timeout(PATIENCE, told).await?
 }
 
-/// The file is cut off below the guest, which gets an I/O error, and goes on.
 pub async fn a_disk_that_the_host_fails_is_an_event(stage: Stage) -> Story {
+    let (file, player) = (image(SECTOR.into())?, stage.launch("").await?);
+    let source = player.lifecycle.image(again(&file)?, ImageFormat::Raw, BlockMode::ReadWrite)?;
+    fails_and_goes_on(&file, source, &player).await
+}
+
+pub async fn a_disk_that_its_client_fails_is_an_event(stage: Stage) -> Story {
     let file = image(SECTOR.into())?;
+    let source = DiskSource::Service(Some(image_service(again(&file)?, true)?));
+    fails_and_goes_on(&file, source, &stage.launch("").await?).await
+}
+
+/// The file is cut off below the guest, which gets an I/O error, and goes on.
+async fn fails_and_goes_on(file: &File, source: DiskSource, player: &Player) -> Story {
     file.write_all_at(b"a sector", 0)?;
-    let player = stage.launch("").await?;
-    let disk = BlockConfig::raw(player.lifecycle.file(again(&file)?), BlockMode::ReadWrite);
+    let disk = BlockConfig::new(source, BlockMode::ReadWrite);
     let running = player.play_config(&with_disks(player.config_of(&reads(3))?, vec![disk])).await?;
     running.input.write(b"!").await?;
     running.console.saw("a sector\0\0\0\0TOLD").await?;
@@ -192,5 +203,7 @@ pub async fn a_disk_that_the_host_fails_is_an_event(stage: Stage) -> Story {
     running.input.write(b"!").await?;
     running.run.await?;
     expect("outcome", running.guest.terminated().await?.outcome, Outcome::Clean)?;
-    expect("the image is free", is_free(&file)?, true)
+    // A service hears that nobody has it only after that.
+    let free = || async { is_free(file).unwrap_or(false) };
+    Ok(wait::until_async("the image to be free", PATIENCE, free).await?)
 }
