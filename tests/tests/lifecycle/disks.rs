@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use devices::virtio::block::ImageFile;
-use guest_client::{EventKind, Observer};
+use guest_client::{EventKind, Observer, image_service};
 use guest_schema::{
     BlockConfig, BlockMode, DeviceError, DevicesConfig, DiskSource, GuestConfig, GuestError, ImageFormat,
     Outcome,
@@ -171,12 +171,22 @@ async fn next_error(observer: &Observer) -> anyhow::Result<DeviceError> {
     tokio::time::timeout(PATIENCE, told).await?
 }
 
-/// The file is cut off below the guest, which gets an I/O error, and goes on.
 pub async fn a_disk_that_the_host_fails_is_an_event(stage: Stage) -> Story {
+    let (file, player) = (image(SECTOR.into())?, stage.launch("").await?);
+    let source = player.lifecycle.image(again(&file)?, ImageFormat::Raw, BlockMode::ReadWrite)?;
+    fails_and_goes_on(&file, source, &player).await
+}
+
+pub async fn a_disk_that_its_client_fails_is_an_event(stage: Stage) -> Story {
     let file = image(SECTOR.into())?;
+    let source = DiskSource::Service(Some(image_service(again(&file)?, true)?));
+    fails_and_goes_on(&file, source, &stage.launch("").await?).await
+}
+
+/// The file is cut off below the guest, which gets an I/O error, and goes on.
+async fn fails_and_goes_on(file: &File, source: DiskSource, player: &Player) -> Story {
     file.write_all_at(b"a sector", 0)?;
-    let player = stage.launch("").await?;
-    let disk = BlockConfig::raw(player.lifecycle.file(again(&file)?), BlockMode::ReadWrite);
+    let disk = BlockConfig::new(source, BlockMode::ReadWrite);
     let running = player.play_config(&with_disks(player.config_of(&reads(3))?, vec![disk])).await?;
     running.input.write(b"!").await?;
     running.console.saw("a sector\0\0\0\0TOLD").await?;
@@ -193,5 +203,7 @@ pub async fn a_disk_that_the_host_fails_is_an_event(stage: Stage) -> Story {
     running.input.write(b"!").await?;
     running.run.await?;
     expect("outcome", running.guest.terminated().await?.outcome, Outcome::Clean)?;
-    expect("the image is free", is_free(&file)?, true)
+    // A service hears that nobody has it only after that.
+    let free = || async { is_free(file).unwrap_or(false) };
+    Ok(wait::until_async("the image to be free", PATIENCE, free).await?)
 }

@@ -131,6 +131,7 @@ stories! {
     an_image_does_not_go_over_a_proxied_channel over proxied;
     a_create_that_is_given_up_lets_go_of_its_disks over direct;
     a_disk_that_the_host_fails_is_an_event on scripts over direct;
+    a_disk_that_its_client_fails_is_an_event on scripts;
     a_guest_talks_to_a_listener_of_its_config on scripts;
     unclaimed_ports_are_accepted_or_refused_one_by_one on scripts;
     a_client_listens_for_as_long_as_it_likes on scripts;

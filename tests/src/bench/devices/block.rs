@@ -127,7 +127,8 @@ impl Pattern {
 
 /// One file, opened with and without the page cache.
 pub struct Disks {
-    direct: Sides,
+    /// `None` where the file system has no such thing.
+    direct: Option<Sides>,
     cached: Sides,
 }
 
@@ -137,6 +138,7 @@ struct Sides {
 }
 
 impl Disks {
+    /// The file, in this folder. What a file system without direct I/O has no figures for is left out, and said on standard error.
     pub fn prepare(folder: &Path) -> anyhow::Result<Self> {
         let named = tempfile::NamedTempFile::new_in(folder)?;
         let piece = vec![0xa5; 1 << 20];
@@ -146,13 +148,23 @@ impl Disks {
         named.as_file().sync_all()?;
         let open =
             |flags| OpenOptions::new().read(true).write(flags != 0).custom_flags(flags).open(named.path());
-        let direct = open(libc::O_DIRECT).context("the folder's file system has no direct I/O")?;
-        Ok(Self { direct: Sides::of(direct)?, cached: Sides::of(open(0)?)? })
+        let direct = match open(libc::O_DIRECT) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                let folder = folder.display();
+                eprintln!(
+                    "left out: disks without the page cache, for the file system of {folder} has no direct I/O"
+                );
+                None
+            }
+            opened => Some(Sides::of(opened?)?),
+        };
+        Ok(Self { direct, cached: Sides::of(open(0)?)? })
     }
 
     pub fn round(&mut self, samples: &mut Samples) -> anyhow::Result<()> {
         for comparison in &COMPARISONS {
-            let Sides { bare, disk } = if comparison.direct { &mut self.direct } else { &mut self.cached };
+            let sides = if comparison.direct { self.direct.as_mut() } else { Some(&mut self.cached) };
+            let Some(Sides { bare, disk }) = sides else { continue };
             let per_operation = |time: Duration| {
                 time.as_secs_f64() * 1e6 / f64::from(u32::try_from(comparison.operations).unwrap_or(u32::MAX))
             };
