@@ -76,8 +76,11 @@ pub fn linux_keeps_files_with_its_client(lab: &Lab) -> anyhow::Result<()> {
     )?;
     does(&guest, "echo 3 >/proc/sys/vm/drop_caches")?;
     ensure!(does(&guest, "sha256sum /mnt/kept")? == sum, "what was read is not what was written");
-    does(&guest, "umount /mnt && blkdiscard -z -o 0 -l 4096 /dev/vda && ! e2fsck -fn /dev/vda >/dev/null")?;
-    assert_is_clean(&power_off(&guest)?, 1)
+    does(&guest, "umount /mnt")?;
+    assert_is_clean(&power_off(&guest)?, 1)?;
+    let checked = lab.run(&format!("e2fsck -fn {image}"), LIMIT)?;
+    ensure!(checked.status == 0, "e2fsck: {}", checked.output);
+    Ok(())
 }
 
 /// What was flushed into a qcow2 image is there after the VMM was killed. Then two disks share that image: one is only read, the
