@@ -111,8 +111,12 @@ interface GuestControl {
   nmi @6 () -> (result :Common.Result);
   # Sends every VP a non-maskable interrupt, as a front panel's button does. The VPs of a paused guest take it when they go on.
   # notRunning unless running or paused.
-  snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
-  # unimplemented.
+  snapshot @7 () -> (snapshot :Snapshot.Snapshot, error :Common.Failure, token :Data);
+  # Keeps the guest as it is at this moment, which it runs on from: it pauses for some milliseconds if it runs, and stays paused if it is.
+  # The service keeps the snapshot; one that comes over the guest's own channel ends with that channel, and `token` finds the same
+  # one at the service: GuestHost.snapshot. Answers when nothing can change it any more. snapshotNotSupported, whose detail says
+  # which units refuse and why, and the guest was never paused; notRunning unless running or paused; notSupported without a
+  # service; internalError if the host has no room for it, and the guest goes on.
   debugger @8 (sink :DebugSink) -> (debugger :Debugger, error :Common.Failure);
   # Begins to debug the guest; its VPs go on until they are stopped. limitExceeded if there is another debugger that
   # does not let go within half a second, notRunning once the guest has ended.

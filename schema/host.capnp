@@ -5,6 +5,7 @@
 using Common = import "common.capnp";
 using Config = import "config.capnp";
 using Guest = import "guest.capnp";
+using Snapshot = import "snapshot.capnp";
 
 interface GuestHost {
   # The bootstrap capability of guestd's socket.
@@ -24,6 +25,8 @@ interface GuestHost {
   info @4 () -> (info :HostInfo);
   manager @5 () -> (manager :GuestManager, error :Common.Failure);
   # unimplemented.
+  snapshot @6 (token :Data) -> (snapshot :Snapshot.Snapshot, error :Common.Failure);
+  # The snapshot with this token, of GuestControl.snapshot, as long as anybody refers to it. badConfig if there is none.
 }
 
 interface GuestExit {

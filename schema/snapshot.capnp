@@ -1,13 +1,53 @@
 @0xe0a7d25b93c64103;
-# A frozen guest. In its place for later versions: nothing hands one out yet.
+# A guest at one moment, from which others go on.
 
 using Common = import "common.capnp";
+using Guest = import "guest.capnp";
+using Host = import "host.capnp";
 
 interface Snapshot {
-  # Immutable; outlives its guest; the last reference frees it.
+  # A guest at one moment: its memory, its state units, its kernel and config. Kept by the service; immutable; outlives its guest. The
+  # last reference frees it, as does the service's end.
 
-  info @0 () -> (memoryBytes :UInt64, units :List(Text), parent :Text, error :Common.Failure);
+  info @0 () -> (memoryBytes :UInt64, units :List(Text), parent :Text, error :Common.Failure, info :SnapshotInfo);
+  # The size of the guest's memory, the state units that it has state of, and the id of the guest that it is of; and more.
   canRestore @1 (grants :AnyPointer) -> (result :Common.Result);
-  launch @2 (serverEnd :UInt64, id :Text) -> (id :Text, exit :AnyPointer, error :Common.Failure);
+  # unimplemented.
+  launch @2 (serverEnd :UInt64, id :Text) -> (id :Text, exit :Host.GuestExit, error :Common.Failure);
+  # As GuestHost.launch. The `create` on that channel makes a guest that goes on from here with the first `run`. Its config carries
+  # grants only: a source for each disk and a back end for each network device, in the order of the snapshot's, each disk's mode, the
+  # listeners of the vsock device, and the units that clients implement. All else is the snapshot's, and is not looked at; a kernel
+  # is badConfig. Errors of create besides: snapshotIncompatible (the host lacks what the guest has; the detail names it),
+  # snapshotCorrupt.
   export @3 (output :Common.OutputSink) -> (result :Common.Result);
+  # unimplemented.
+  launchProxied @4 (id :Text) -> (lifecycle :Guest.GuestLifecycle, id :Text, exit :Host.GuestExit, error :Common.Failure);
+  # As GuestHost.launchProxied, and launch.
+}
+
+struct SnapshotInfo {
+  # What a snapshot has.
+
+  memoryBytes @0 :UInt64;
+  units @1 :List(Text);
+  parent @2 :Text;
+  takenAtUs @3 :UInt64;
+  # When, in µs since 1970 (UTC).
+  vps @4 :UInt32;
+  disks @5 :List(Text);
+  # The ids of the disks, which have to be granted.
+  networks @6 :UInt32;
+  # How many network devices there are, which have to be granted.
+  memory @7 :MemoryKept;
+  copiedBytes @8 :UInt64;
+  # How many bytes of memory were copied while the guest was paused.
+
+  enum MemoryKept {
+    remapped @0;
+    # The guest goes on with a private mapping of its own memory; nothing was copied.
+    layered @1;
+    # What the guest had written since it was frozen or restored before was copied, beside the memory from then.
+    copied @2;
+    # All of it was copied: of huge pages, locked, shared with another process, or written more than half since the last time.
+  }
 }

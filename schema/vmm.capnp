@@ -3,13 +3,14 @@
 
 using Common = import "common.capnp";
 using Guest = import "guest.capnp";
+using Snapshot = import "snapshot.capnp";
 
 interface Vmm {
   # The bootstrap capability that a guest VMM serves to guestd.
 
-  attach @0 (serverEnd :UInt64, id :Text, watcher :VmmWatcher) -> (result :Common.Result);
+  attach @0 (serverEnd :UInt64, id :Text, watcher :VmmWatcher, snapshot :SnapshotParts) -> (result :Common.Result);
   # Serves GuestLifecycle on the channel with this running number here. That channel is the lease: once it closes, the guest is
-  # stopped and the process ends. alreadyRunning the second time.
+  # stopped and the process ends. alreadyRunning the second time. With a snapshot, the guests of that lease go on from it.
   control @1 () -> (control :Guest.GuestControl, error :Common.Failure);
   observer @2 () -> (observer :Guest.Observer, error :Common.Failure);
   # Of the guest of the last create, whatever its phase.
@@ -23,4 +24,21 @@ interface VmmWatcher {
   # Another guest was created in this VMM, the generation-th.
   terminated @1 (generation :UInt64, exit :Guest.Exit);
   # It has ended. The VMM's process waits for the answer before it ends, within a deadline.
+  keep @2 (parts :SnapshotParts) -> (snapshot :Snapshot.Snapshot, token :Data, error :Common.Failure);
+  # Keeps a snapshot of the guest for as long as anybody refers to it. With the token, 16 bytes that nobody guesses, others find it:
+  # GuestHost.snapshot.
+}
+
+struct SnapshotParts {
+  # What a snapshot consists of; all of it is immutable.
+
+  files @0 :List(SnapshotFile);
+  # Sealed memfds: "state", "memory", "kernel", and, if there are, "layer" and "ramdisk".
+  info @1 :Snapshot.SnapshotInfo;
+}
+
+struct SnapshotFile {
+  name @0 :Text;
+  descriptor @1 :UInt64;
+  # A running number of this channel.
 }
