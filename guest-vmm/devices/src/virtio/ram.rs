@@ -8,7 +8,8 @@ pub trait GuestRam: Send + Sync {
     /// All of it. A clone must not outlive the `GuestRam`.
     fn view(&self) -> &GuestMemoryMmap;
 
-    /// Gives the pages of a range back to the host; the guest reads zeros there from now on.
+    /// Gives the pages of a range back to the host; the guest reads zeros there from now on. Of memory that a guest goes on with after
+    /// a snapshot, pages may stay with it as zeros once thousands of ranges were given back.
     ///
     /// # Errors
     /// If the range is not whole pages of memory, or if the host refuses; some of it may have been given back then.

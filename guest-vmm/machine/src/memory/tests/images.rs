@@ -125,6 +125,10 @@ fn memory_is_restored_from_files_on_disk_that_may_be_longer() {
     let frozen = child.freeze().unwrap().seal().unwrap();
     assert_eq!(frozen.copied_bytes, 2 * 4096, "what lies behind the memory is none of it");
     assert_eq!(bytes(&restore(&frozen.image).unwrap()), [2, 4]);
+    // The base has a hole here.
+    child.discard(GuestAddress(0), 4096).unwrap();
+    assert_eq!(bytes(&child), [0, 4]);
+    assert_eq!(bytes(&restore(&child.freeze().unwrap().seal().unwrap().image).unwrap()), [0, 4]);
     let short = MemoryImage { base: write(&image().base, 0), layer: None };
     short.base.file().set_len(2 * MIB - 1).unwrap();
     assert!(matches!(restore(&short), Err(RestoreMemoryError::Image { part: ImagePart::Base, .. })));
