@@ -129,14 +129,14 @@ impl Private {
 
     /// The pages that differ from the base, or may.
     fn layer_pages(&self, copies: &Runs) -> io::Result<Runs> {
-        let mut pages = copies.clone();
-        if let Some(layer) = &self.layer {
-            pages = pages.union(&layer.pages);
-        }
+        let mut discarded = Runs::default();
         for part in self.discarded.iter() {
-            pages = pages.union(&file::data(&self.base.file.file, part.clone())?);
+            file::data(&self.base.file.file, part.clone())?
+                .iter()
+                .for_each(|run| discarded.push(run.clone()));
         }
-        Ok(pages)
+        let pages = copies.union(&discarded);
+        Ok(self.layer.iter().fold(pages, |pages, layer| pages.union(&layer.pages)))
     }
 
     fn layered(&self, shape: &Shape, mapping: &Mapping, pages: &Runs) -> Result<Frozen, FreezeError> {
