@@ -8,8 +8,10 @@
 //! copies; `freeze`; `image` what a freeze leaves and memory is restored from; `pagemap` which pages are copies; `shape`, `file` and
 //! `runs` sizes, files and sets of pages.
 //!
-//! Limits: from [`MINIMUM_BYTES`] to the host's memory; no NUMA, no growing. A page of an image that nobody has ever written costs
-//! the host a page of zeros in the image's memfd, beside the guest's own, once a guest touches it.
+//! Limits: from [`MINIMUM_BYTES`] to the host's memory; no NUMA, no growing. Freezing needs Linux 5.13 (MREMAP_DONTUNMAP for shared
+//! mappings). A page that a guest writes after a freeze costs the host both the image's page and the guest's, also when nobody needs
+//! the image any more, until the memory is zeroed, restored or frozen into a new base; where the image has a hole, that is a page of
+//! zeros in its memfd.
 
 // UNSAFETY: hands the regions of its views the address that they lie at.
 #![expect(unsafe_code, reason = "views of a mapping")]
