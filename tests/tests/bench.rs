@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use guest_tests::bench::figure::Definition;
-use guest_tests::bench::{definitions, units, vps};
+use guest_tests::bench::{definitions, memory, units, vps};
 use guest_tests::lab::Lab;
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::stage::Story;
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         trial("graphs_of_state_units_are_not_empty", &[], empty_graphs),
         trial("vps_are_measured_in_every_count", kvm, virtual_processors),
         trial("vps_beyond_what_a_guest_can_have_are_refused", &[], too_many_vps),
+        trial("memory_is_frozen_and_restored_beside_bare_calls", &[], frozen_memory),
         trial("the_state_of_vps_is_kept_on_mainline_kvm", &[Requirement::Lab], mainline_kvm),
     ];
     run(trials, || {})
@@ -64,6 +65,14 @@ fn every_figure() -> Story {
     let table = String::from_utf8_lossy(&output.stdout);
     assert!(expected.iter().all(|name| table.contains(name)), "{table}");
     Ok(())
+}
+
+fn frozen_memory() -> Story {
+    let (output, rows) = bench(&["memory"])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let expected: Vec<_> = memory::definitions().iter().map(|figure| figure.name).collect();
+    assert_eq!(names(&rows), expected);
+    rows.iter().try_for_each(|row| well_formed(row, &rows))
 }
 
 fn well_formed(row: &Map<String, Value>, rows: &[Map<String, Value>]) -> Story {

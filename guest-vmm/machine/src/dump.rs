@@ -1,6 +1,6 @@
 //! A core dump of the guest: its VPs' registers and its memory, as an ELF file that debuggers read.
 //!
-//! The file is computed as it is read: a head with the notes, then the guest's memory as it lies in its memfd. Each VP has a note
+//! The file is computed as it is read: a head with the notes, then the guest's memory in the order of its ranges. Each VP has a note
 //! of the kind that processes' core files have (NT_PRSTATUS, the VP's number and one as its thread), and one with its segment and
 //! control registers as QEMU writes them, by which tools for Linux kernels find the page tables. Memory is at its guest physical
 //! addresses, which is what they are to be taken for where a program header has virtual ones.
@@ -17,7 +17,6 @@ use object::write::elf::{FileHeader, ProgramHeader, Writer};
 use processor::{Registers, Segment, SystemRegisters, Table, VpIndex, VpState, VpStateKind};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -64,7 +63,7 @@ impl CoreDump {
         if !from_memory.is_empty() {
             let memory = self.memory.upgrade().ok_or(DumpError::Gone)?;
             let start = (offset + from_head.len() as u64) - self.head.len() as u64;
-            memory.file().read_exact_at(from_memory, start).map_err(DumpError::Memory)?;
+            memory.read(start, from_memory).map_err(DumpError::Memory)?;
         }
         Ok(bytes)
     }

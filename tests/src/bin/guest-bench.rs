@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use guest_tests::bench::{self, devices, figure, units, vps};
+use guest_tests::bench::{self, devices, figure, memory, units, vps};
 use serde::Serialize;
 
 /// Measures guestd beside the bare system calls and channels that it is made of, in the same run.
@@ -37,6 +37,10 @@ enum Benchmark {
     ///
     /// It needs no KVM and no other program.
     Devices(Devices),
+    /// Guest memory (128 MiB and 1 GiB, all written), frozen and restored in this process, beside bare system calls
+    ///
+    /// It needs no KVM and no other program.
+    Memory(Memory),
     /// Be the client that is killed
     #[command(hide = true)]
     Hold {
@@ -87,6 +91,13 @@ struct Devices {
     folder: Option<PathBuf>,
 }
 
+#[derive(Debug, Args)]
+struct Memory {
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+}
+
 fn main() -> anyhow::Result<()> {
     let Arguments { json, allow_debug, benchmark } = Arguments::parse();
     if !allow_debug && !matches!(benchmark, Benchmark::Hold { .. }) {
@@ -97,6 +108,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Units(units) => write(json.as_deref(), &measure_units(units)?),
         Benchmark::Vps(vps) => write(json.as_deref(), &measure_vps(vps)?),
         Benchmark::Devices(devices) => write(json.as_deref(), &measure_devices(&devices)?),
+        Benchmark::Memory(memory) => write(json.as_deref(), &measure_memory(&memory)?),
         Benchmark::Hold { socket } => block_on(bench::hold(&socket)),
     }
 }
@@ -132,6 +144,13 @@ fn measure_vps(Vps { rounds, counts }: Vps) -> anyhow::Result<Vec<vps::Row>> {
 fn measure_devices(Devices { rounds, folder }: &Devices) -> anyhow::Result<Vec<figure::Row>> {
     let folder = folder.clone().unwrap_or_else(std::env::temp_dir);
     let rows = devices::measure(&folder, *rounds)?;
+    println!("{rounds} rounds");
+    print!("{}", figure::table(&rows));
+    Ok(rows)
+}
+
+fn measure_memory(Memory { rounds }: &Memory) -> anyhow::Result<Vec<figure::Row>> {
+    let rows = memory::measure(*rounds)?;
     println!("{rounds} rounds");
     print!("{}", figure::table(&rows));
     Ok(rows)

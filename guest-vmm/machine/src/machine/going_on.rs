@@ -1,6 +1,6 @@
 //! Guests that are stopped in the middle of something, and go on in another machine.
 //!
-//! Memory has no saved state yet: its unit is taken out of a set that is saved, and its bytes are copied.
+//! Memory has no saved state yet: its unit is taken out of a set that is saved, and its frozen image is restored.
 
 use super::*;
 use devices::GenericEvent;
@@ -17,7 +17,6 @@ use state_unit::SavedStateUnit;
 use std::error::Error;
 use std::fs::File;
 use std::io::Write;
-use vm_memory::{Bytes, GuestAddress};
 
 pub(super) const COM1: u16 = crate::layout::COM1_PORT;
 /// For a guest that goes on.
@@ -78,14 +77,9 @@ impl Bench {
 
     /// Takes over from a machine that is stopped.
     pub async fn take_over(&self, from: &Self, states: Vec<SavedStateUnit>) {
-        self.copy_memory(from);
+        let frozen = from.machine.memory.freeze().unwrap().seal().unwrap();
+        self.machine.memory.remap(&frozen.image).unwrap();
         self.try_restore(states).await.unwrap();
-    }
-
-    fn copy_memory(&self, from: &Self) {
-        let mut bytes = vec![0; usize::try_from(MEMORY).unwrap()];
-        from.machine.memory.view().read_slice(&mut bytes, GuestAddress(0)).unwrap();
-        self.machine.memory.view().write_slice(&bytes, GuestAddress(0)).unwrap();
     }
 
     fn type_in(&self, text: &str) {
@@ -443,6 +437,46 @@ mod on_kvm {
         let lines: String = (0..BURST_LINES).map(burst_line).collect();
         assert_eq!(String::from_utf8(burst).unwrap(), lines + "burst done\n");
         bench.end().await;
+    }
+
+    /// The first by remapping the original's memory, the later ones by layers, while the guest writes. A reset gives a fork memory of
+    /// its own.
+    #[tokio::test]
+    async fn a_guest_and_its_forks_each_go_on_from_where_it_stood() {
+        const FORKS: usize = 4;
+        let mut original = Bench::builtin(1).await;
+        original.start().await;
+        original.expect("READY\n").await;
+        original.type_in("burst 16\n");
+        let (mut burst, mut guests) = (Vec::new(), Vec::new());
+        for fork in 1..=FORKS {
+            while burst.len() + original.written.len() < BURST_LINES * 64 / (FORKS + 1) * fork {
+                original.more().await;
+            }
+            original.stop().await;
+            burst.extend(original.rest());
+            let states = original.save().await;
+            let new = Bench::builtin(1).await;
+            new.take_over(&original, states).await;
+            guests.push((burst.clone(), new));
+            original.start().await;
+        }
+        for (_, fork) in &guests {
+            fork.start().await;
+        }
+        guests.push((burst, original));
+        let lines: String = (0..BURST_LINES).map(burst_line).collect();
+        for (mut burst, mut guest) in guests {
+            burst.extend(guest.expect("burst done\n").await.into_bytes());
+            assert_eq!(String::from_utf8(burst).unwrap(), lines.clone() + "burst done\n");
+            if guest.machine.unit("memory").is_some() {
+                guest.stop().await;
+                guest.machine.reset().await.unwrap();
+                guest.start().await;
+                guest.expect("READY\n").await;
+            }
+            guest.end().await;
+        }
     }
 
     /// One VP halted by an idle guest, one waiting for SIPI, and a line of input with its interrupt on the way. Later one
