@@ -20,6 +20,8 @@ use guest_saved_state::devices::rtc::RtcState;
 use guest_saved_state::devices::serial::SerialPortState;
 use guest_saved_state::devices::virtio::VirtioState;
 use guest_saved_state::devices::vsock::VsockState;
+use guest_saved_state::machine::memory::MemoryState;
+use guest_saved_state::machine::snapshot::SnapshotState;
 use guest_saved_state::processor::{partition, vp};
 use guest_saved_state::saved_state_roots;
 use libfuzzer_sys::fuzz_target;
@@ -39,7 +41,7 @@ impl Root {
     }
 }
 
-fn roots() -> [Root; 15] {
+fn roots() -> [Root; 17] {
     [
         Root::of::<BalloonState>(),
         Root::of::<BlockState>(),
@@ -48,9 +50,11 @@ fn roots() -> [Root; 15] {
         Root::of::<I8042State>(),
         Root::of::<IoApicState>(),
         Root::of::<MemState>(),
+        Root::of::<MemoryState>(),
         Root::of::<NetState>(),
         Root::of::<RtcState>(),
         Root::of::<SerialPortState>(),
+        Root::of::<SnapshotState>(),
         Root::of::<VirtioState>(),
         Root::of::<VsockState>(),
         Root::of::<NoSavedState>(),

@@ -34,6 +34,15 @@ pub mod devices {
     pub mod vsock;
 }
 
+/// The messages of the machine.
+pub mod machine {
+    /// The memory.
+    #[rustfmt::skip]
+    pub mod memory; /// Snapshots of guests.
+    #[rustfmt::skip]
+    pub mod snapshot;
+}
+
 /// The messages of the VPs and the partition.
 pub mod processor {
     /// The partition.

@@ -31,6 +31,6 @@ mod registry;
 
 #[cfg(feature = "registry")]
 pub use generated::FILE_DESCRIPTOR_SET;
-pub use generated::{devices, processor};
+pub use generated::{devices, machine, processor};
 #[cfg(feature = "registry")]
 pub use registry::{DescribeError, SavedStateRegistry, saved_state_roots};

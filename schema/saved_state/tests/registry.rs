@@ -34,6 +34,8 @@ fn every_root_is_listed_by_its_name() {
         "devices.serial.SerialPortState",
         "devices.virtio.VirtioState",
         "devices.vsock.VsockState",
+        "machine.memory.MemoryState",
+        "machine.snapshot.SnapshotState",
         "processor.partition.PartitionState",
         "processor.vp.VpSetState",
         "save_restore.NoSavedState",

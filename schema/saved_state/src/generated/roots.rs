@@ -12,6 +12,8 @@ impl ::save_restore::SavedStateRoot for crate::devices::rtc::RtcState {}
 impl ::save_restore::SavedStateRoot for crate::devices::serial::SerialPortState {}
 impl ::save_restore::SavedStateRoot for crate::devices::virtio::VirtioState {}
 impl ::save_restore::SavedStateRoot for crate::devices::vsock::VsockState {}
+impl ::save_restore::SavedStateRoot for crate::machine::memory::MemoryState {}
+impl ::save_restore::SavedStateRoot for crate::machine::snapshot::SnapshotState {}
 impl ::save_restore::SavedStateRoot for crate::processor::partition::PartitionState {}
 impl ::save_restore::SavedStateRoot for crate::processor::vp::VpSetState {}
 
@@ -30,6 +32,8 @@ pub(crate) const ROOTS: &[crate::registry::Root] = &[
     crate::registry::Root::of::<crate::devices::serial::SerialPortState>(),
     crate::registry::Root::of::<crate::devices::virtio::VirtioState>(),
     crate::registry::Root::of::<crate::devices::vsock::VsockState>(),
+    crate::registry::Root::of::<crate::machine::memory::MemoryState>(),
+    crate::registry::Root::of::<crate::machine::snapshot::SnapshotState>(),
     crate::registry::Root::of::<crate::processor::partition::PartitionState>(),
     crate::registry::Root::of::<crate::processor::vp::VpSetState>(),
     crate::registry::Root::of::<::save_restore::NoSavedState>(),
