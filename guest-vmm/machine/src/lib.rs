@@ -22,7 +22,7 @@ mod vp_set;
 
 pub use boot::{BootError, BootFiles};
 pub use dump::{CoreDump, DumpError};
-pub use machine::{Machine, MachineConfig, MachineError, MachineView, VPS};
+pub use machine::{Machine, MachineConfig, MachineError, MachineSnapshot, MachineView, SnapshotError, VPS};
 pub use memory::host_memory_bytes;
 pub use units::InjectedFault;
 pub use virtio::PlaceError;

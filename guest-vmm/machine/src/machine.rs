@@ -1,12 +1,16 @@
 //! The machine, assembled: memory, partition, devices and VPs as one set of state units.
 
+mod snapshot;
+
+pub use snapshot::{MachineSnapshot, SnapshotError};
+
 use crate::board::{Board, Listeners, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
 use crate::debug::{DebugError, DebugHalt, Debugger, Target};
 use crate::layout;
 use crate::loader::LoadedGuest;
-use crate::memory::{GuestMemory, MemoryError, MemoryOptions};
+use crate::memory::{GuestMemory, MemoryError, MemoryImage, MemoryOptions, RestoreMemoryError};
 use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
@@ -52,8 +56,11 @@ pub struct MachineConfig {
     pub hotplug: Option<Range<u64>>,
     /// What kind of memory.
     pub memory: MemoryOptions,
-    /// What it boots.
+    /// What it boots, now or after a reset.
     pub boot: BootFiles,
+    /// What is in its memory, in place of what it boots: the memory of a guest that goes on here. The machine's units are to be
+    /// restored ([`Machine::restore`]) before they are started.
+    pub image: Option<MemoryImage>,
     /// Who hears of the panics that the guest reports.
     pub panics: Arc<dyn PanicSink>,
     /// Whether there is a port for test guests, a write to which ends the guest.
@@ -76,6 +83,7 @@ impl MachineConfig {
             hotplug: None,
             memory: MemoryOptions::default(),
             boot,
+            image: None,
             panics: Arc::new(|_: GuestPanic| ()),
             debug_exit: false,
             devices: Vec::new(),
@@ -90,6 +98,9 @@ pub enum MachineError {
     /// No memory.
     #[error("the guest's memory cannot be had")]
     Memory(#[source] MemoryError),
+    /// The memory of the guest that is to go on cannot be had.
+    #[error("the frozen memory cannot be used")]
+    Image(#[source] RestoreMemoryError),
     /// No partition.
     #[error("the partition cannot be made")]
     Partition(#[source] PartitionError),
@@ -205,7 +216,7 @@ impl Inspect for MachineView {
 struct Foundation<B> {
     memory: Arc<GuestMemory>,
     image: BootImage,
-    loaded: LoadedGuest,
+    loaded: Option<LoadedGuest>,
     partition: NewPartition<B>,
     board: Board,
     devices: Vec<Placed>,
@@ -236,7 +247,9 @@ impl Machine {
         let Foundation { memory, image, loaded, partition, board, devices, bus, io } =
             lay.await.map_err(|_| MachineError::Panicked)??;
         let shared = partition.partition.clone();
-        let vps = VpSet::bind(partition, affinity, Arc::new(bus), halts, loaded.vp).await;
+        let vps =
+            VpSet::bind(partition, affinity, Arc::new(bus), halts, loaded.as_ref().map(|guest| guest.vp))
+                .await;
         let vps = Arc::new(vps.map_err(MachineError::Vp)?);
         // Time stands until the first start: what is saved before it is the state of one moment.
         shared.stop_time().map_err(MachineError::Partition)?;
@@ -355,8 +368,12 @@ fn lay_foundation<H: Hypervisor>(
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Foundation<H::Binder>, MachineError> {
     let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
-    let memory = GuestMemory::with_hotplug(config.memory_bytes, config.memory, config.hotplug);
-    let memory = Arc::new(memory.map_err(MachineError::Memory)?);
+    let MachineConfig { memory_bytes: bytes, memory: options, hotplug, .. } = config;
+    let memory = match &config.image {
+        None => GuestMemory::with_hotplug(bytes, options, hotplug).map_err(MachineError::Memory)?,
+        Some(image) => GuestMemory::restore(image, bytes, options, hotplug).map_err(MachineError::Image)?,
+    };
+    let memory = Arc::new(memory);
     go_on()?;
     let partition_config = PartitionConfig {
         time: config.time,
@@ -372,7 +389,10 @@ fn lay_foundation<H: Hypervisor>(
     let bus = build_bus(&board, &devices)?;
     let nodes = devices.iter_mut().filter_map(|placed| placed.acpi.take()).collect();
     let image = BootImage { files: config.boot, vps: config.vps, devices: nodes };
-    let loaded = image.load(&memory).map_err(MachineError::Boot)?;
+    let loaded = match config.image {
+        None => Some(image.load(&memory).map_err(MachineError::Boot)?),
+        Some(_) => None,
+    };
     go_on()?;
     Ok(Foundation { memory, image, loaded, partition, board, devices, bus, io })
 }
@@ -483,7 +503,9 @@ mod tests {
             let Foundation::<ScriptedBinder> { memory, loaded, partition, board, devices, bus, .. } =
                 foundation.unwrap();
             let (halts, _) = mpsc::unbounded_channel();
-            let vps = VpSet::bind(partition, Vec::new(), Arc::new(bus), halts, loaded.vp).await.unwrap();
+            let vps = VpSet::bind(partition, Vec::new(), Arc::new(bus), halts, loaded.map(|guest| guest.vp))
+                .await
+                .unwrap();
             let mut assembly = Assembly::default();
             assembly.add_devices(&devices, &[]).unwrap();
             let Assembly { units, handles, .. } = assembly;

@@ -1,14 +1,16 @@
 //! The state units of a machine: what start, stop, reset, save and restore mean for its memory, partition, devices and VPs, and
 //! what each shows of itself. What the guest has put there is marked as sensitive.
 //!
-//! Limits: memory refuses to be saved and restored, and so does a machine that has it: devices, partition and VPs do both. A state
-//! that a guest in another machine is to go on from needs the same memory there.
+//! The memory's state is its size; what is in it is frozen and restored beside the units ([`crate::memory`]). A state that a guest in
+//! another machine is to go on from needs the same memory there.
 
 use crate::boot::BootImage;
+use crate::layout;
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::vp_set::VpSet;
 use devices::Device;
+use guest_saved_state::machine::memory::MemoryState;
 use guest_saved_state::processor::partition as saved;
 use inspect::{Deferred, InspectMut, Request};
 use processor::{Partition, PartitionState};
@@ -30,27 +32,6 @@ pub(crate) trait Part: Send + 'static {
     fn restore(&mut self, state: SavedStateBlob) -> impl Future<Output = Result<(), RestoreError>> + Send;
     fn post_restore(&mut self) -> impl Future<Output = Result<(), UnitError>> + Send;
     fn inspect(&mut self, request: Request<'_>);
-}
-
-/// What a [`Part`] answers that can be neither saved nor restored, for the given reason.
-macro_rules! refuse_to_be_saved {
-    ($reason:literal) => {
-        fn can_save(&mut self) -> SaveSupport {
-            SaveSupport::Refused($reason.into())
-        }
-
-        async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
-            Err(SaveError::not_supported($reason))
-        }
-
-        async fn restore(&mut self, _: SavedStateBlob) -> Result<(), RestoreError> {
-            Err(RestoreError::not_supported($reason))
-        }
-
-        async fn post_restore(&mut self) -> Result<(), UnitError> {
-            Ok(())
-        }
-    };
 }
 
 /// A [`Part`] as a state unit.
@@ -96,20 +77,31 @@ impl<P: Part> StateUnit for PartUnit<P> {
 pub(crate) struct MemoryPart {
     pub memory: Arc<GuestMemory>,
     pub image: Arc<BootImage>,
-    /// What the image has become in memory.
-    pub loaded: LoadedGuest,
+    /// What the image has become in memory; `None` for a guest that goes on from another machine, until it is reset.
+    pub loaded: Option<LoadedGuest>,
     pub vps: Arc<VpSet>,
 }
 
 impl MemoryPart {
+    fn state(&self) -> MemoryState {
+        let told = self.memory.bytes();
+        let ranges = self.memory.ranges();
+        let hotplug = ranges.into_iter().nth(layout::memory_ranges(told).len()).unwrap_or_default();
+        MemoryState { bytes: told, hotplug_start: hotplug.start, hotplug_end: hotplug.end }
+    }
+
     fn inspect_boot(&self, request: Request<'_>) {
-        let LoadedGuest { protocol, initrd, vp } = &self.loaded;
         let mut response = request.respond();
-        response.display("protocol", protocol).hex("entry", vp.registers.rip);
-        response.child("initrd", |request| match initrd {
-            Some(range) => inspect_range(range, request),
-            None => request.value("none"),
-        });
+        match &self.loaded {
+            Some(LoadedGuest { protocol, initrd, vp }) => {
+                response.display("protocol", protocol).hex("entry", vp.registers.rip);
+                response.child("initrd", |request| match initrd {
+                    Some(range) => inspect_range(range, request),
+                    None => request.value("none"),
+                });
+            }
+            None => drop(response.field("protocol", "restored")),
+        }
         response.sensitive(|response| {
             response.field("command_line", &self.image.files.cmdline);
         });
@@ -136,12 +128,36 @@ impl Part for MemoryPart {
             memory.zero()?;
             Ok(image.load(&memory)?)
         });
-        self.loaded = loaded.await??;
-        self.vps.start_with(self.loaded.vp);
+        let loaded = loaded.await??;
+        self.vps.start_with(loaded.vp);
+        self.loaded = Some(loaded);
         Ok(())
     }
 
-    refuse_to_be_saved!("memory is not part of saved states yet");
+    fn can_save(&mut self) -> SaveSupport {
+        SaveSupport::Saves
+    }
+
+    async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
+        Ok(SavedStateBlob::new(&self.state()))
+    }
+
+    async fn restore(&mut self, state: SavedStateBlob) -> Result<(), RestoreError> {
+        let (saved, here) = (state.parse::<MemoryState>()?, self.state());
+        let fields = [
+            ("bytes", saved.bytes, here.bytes),
+            ("hotplug_start", saved.hotplug_start, here.hotplug_start),
+            ("hotplug_end", saved.hotplug_end, here.hotplug_end),
+        ];
+        let differs = fields.into_iter().find(|(_, saved, here)| saved != here);
+        let refused =
+            |(name, saved, here)| RestoreError::invalid(name, format!("{saved} (here it is {here})"));
+        differs.map_or(Ok(()), |field| Err(refused(field)))
+    }
+
+    async fn post_restore(&mut self) -> Result<(), UnitError> {
+        Ok(())
+    }
 
     fn inspect(&mut self, request: Request<'_>) {
         let MemoryOptions { huge_pages, prefault, lock } = self.memory.options();
@@ -342,6 +358,9 @@ pub enum InjectedFault {
     StopHangs,
 }
 
+/// Why an injected fault is not saved.
+const NO_STATE: &str = "an injected fault has no saved state";
+
 impl Part for InjectedFault {
     async fn start(&mut self) -> Result<(), UnitError> {
         self.fail_at(Self::Start)
@@ -358,7 +377,21 @@ impl Part for InjectedFault {
         self.fail_at(Self::Reset)
     }
 
-    refuse_to_be_saved!("an injected fault has no saved state");
+    fn can_save(&mut self) -> SaveSupport {
+        SaveSupport::Refused(NO_STATE.into())
+    }
+
+    async fn save(&mut self) -> Result<SavedStateBlob, SaveError> {
+        Err(SaveError::not_supported(NO_STATE))
+    }
+
+    async fn restore(&mut self, _: SavedStateBlob) -> Result<(), RestoreError> {
+        Err(RestoreError::not_supported(NO_STATE))
+    }
+
+    async fn post_restore(&mut self) -> Result<(), UnitError> {
+        Ok(())
+    }
 
     fn inspect(&mut self, request: Request<'_>) {
         request.respond().field_with("fails_at", || format!("{self:?}"));

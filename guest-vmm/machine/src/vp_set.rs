@@ -71,13 +71,13 @@ const FAILED: u8 = 2;
 
 impl VpSet {
     /// Binds every VP to a thread of its own, on the CPUs that `affinity` has for it. Halts are sent in the order in which they
-    /// happen.
+    /// happen. VP 0 starts with `initial`, or else as the VPs are restored.
     pub async fn bind<B: BindProcessor>(
         new: NewPartition<B>,
         affinity: Vec<Option<HostCpus>>,
         io: Arc<dyn CpuIo>,
         halts: mpsc::UnboundedSender<Halt>,
-        initial: InitialVpState,
+        initial: Option<InitialVpState>,
     ) -> Result<Self, SpawnVpError> {
         let halted: Arc<Vec<AtomicU8>> =
             Arc::new(new.processors.iter().map(|_| AtomicU8::new(NOT_HALTED)).collect());
@@ -110,7 +110,7 @@ impl VpSet {
                 debug,
                 moving: AsyncMutex::new(()),
                 running: AtomicBool::new(false),
-                initial: Mutex::new(Some(initial)),
+                initial: Mutex::new(initial),
             }),
             Some(error) => {
                 join_all(bound.into_iter().map(VpThread::shutdown)).await;

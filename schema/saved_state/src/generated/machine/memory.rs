@@ -5,9 +5,10 @@ pub struct MemoryState {
     /// The memory that firmware tells of, in bytes: whole pages.
     #[prost(uint64, tag = "1")]
     pub bytes: u64,
-    /// Where the region for memory that is plugged later begins and ends, guest physical; both are zero without one.
+    /// Where the region for memory that is plugged later begins, a guest physical address; zero without one.
     #[prost(uint64, tag = "2")]
     pub hotplug_start: u64,
+    /// Where it ends; zero without one.
     #[prost(uint64, tag = "3")]
     pub hotplug_end: u64,
 }

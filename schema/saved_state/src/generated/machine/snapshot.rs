@@ -29,9 +29,10 @@ pub struct UnitState {
     /// Its name; no two are the same.
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
-    /// The full name of its state's message, and that state, encoded.
+    /// The full name of its state's message.
     #[prost(string, tag = "2")]
     pub type_name: ::prost::alloc::string::String,
+    /// That message, encoded.
     #[prost(bytes = "vec", tag = "3")]
     pub value: ::prost::alloc::vec::Vec<u8>,
 }
