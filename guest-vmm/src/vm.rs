@@ -71,8 +71,10 @@ impl Vm {
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);
         let backends = std::mem::take(&mut requested.backends);
-        let RequestedDevices { specs, ends, hotplug, errors, outputs, .. } =
-            devices::requested(&requested.config, backends)?;
+        let RequestedDevices { specs, ends, hotplug, errors, outputs, .. } = tokio::select! {
+            devices = devices::requested(&requested.config, backends) => devices?,
+            () = cancel.cancelled() => return Err(cancelled()),
+        };
         let mut told = Told { outputs, ..Told::default() };
         let serial = told.outputs.add(GuestPort::Serial);
         let config = tokio::select! {

@@ -215,7 +215,8 @@ mod tests {
     fn devices(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Result<RequestedDevices, Failure> {
         let mut config = crate::config::tests::config();
         config.devices.block = disks;
-        requested(&config, Backends { images, ..Backends::default() })
+        let requested = requested(&config, Backends { images, ..Backends::default() });
+        requested.now_or_never().expect("disks are waited for by nobody")
     }
 
     fn refused_with(disks: Vec<BlockConfig>, images: Vec<Option<OwnedFd>>) -> Failure {

@@ -63,15 +63,16 @@ impl Backends {
     }
 }
 
-/// The devices of a config that was checked, in the order in which a guest finds them.
-pub(crate) fn requested(config: &GuestConfig, backends: Backends) -> Result<RequestedDevices, Failure> {
+/// The devices of a config that was checked, in the order in which a guest finds them. Waits for back ends that have to be agreed with;
+/// may be cancelled.
+pub(crate) async fn requested(config: &GuestConfig, backends: Backends) -> Result<RequestedDevices, Failure> {
     let (told, errors) = mpsc::channel(WAITING_ERRORS);
     let (specs, ends) = (Vec::new(), HostEnds::default());
     let mut devices =
         RequestedDevices { specs, ends, hotplug: None, outputs: GuestOutputs::default(), errors, told };
     let Backends { images, net } = backends;
     block::add(&config.devices.block, images, &mut devices)?;
-    net::add(net, &mut devices)?;
+    net::add(net, &mut devices).await?;
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
     console::add(&config.devices, &mut devices);

@@ -1,7 +1,12 @@
 //! Network devices.
 
 use super::{RequestedDevices, block};
-use devices::virtio::net::{LinkEvent, LinkWatcher, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap};
+use crate::config::refused;
+use devices::virtio::net::{
+    LinkEvent, LinkWatcher, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap, VhostUser,
+    VhostUserError,
+};
+use futures::future::join_all;
 use guest_schema::{ConfigFault, DeviceError, Failure, GuestError, MacAddress, NetConfig, RateLimits, chain};
 use guest_transport::Descriptors;
 use rustix::net::sockopt::{socket_domain, socket_type};
@@ -16,11 +21,18 @@ use tokio::sync::mpsc;
 const MAX_DEVICES: usize = 32;
 
 /// A network device, its descriptors in hand.
-pub(super) struct RequestedNet {
+pub(super) struct RequestedNet<B = OpenBackend> {
     mac: Option<MacAddress>,
     mtu: Option<u16>,
-    backend: NetBackend,
+    backend: B,
     limits: RateLimits,
+}
+
+/// A back end, its descriptors in hand.
+pub(super) enum OpenBackend {
+    Ready(NetBackend),
+    /// One that is to be agreed with about so many queue pairs.
+    VhostUser(OwnedFd, u16),
 }
 
 /// Takes the devices' descriptors. What of the devices cannot be is a fault.
@@ -45,7 +57,7 @@ pub(super) fn take(
 fn back_end(
     backend: &guest_schema::NetBackend,
     descriptors: &Descriptors,
-) -> Result<NetBackend, (&'static str, String)> {
+) -> Result<OpenBackend, (&'static str, String)> {
     let take = |number: u64| descriptors.take(number).map_err(|error| error.to_string());
     match backend {
         guest_schema::NetBackend::Tap(numbers) => {
@@ -55,13 +67,16 @@ fn back_end(
                 tap.map_err(|error| format!("descriptor {number}: {}", chain(&error)))
             };
             let queues: Result<Vec<Tap>, String> = numbers.iter().map(queue).collect();
-            Ok(NetBackend::Tap(queues.map_err(|problem| (kind, problem))?))
+            Ok(OpenBackend::Ready(NetBackend::Tap(queues.map_err(|problem| (kind, problem))?)))
         }
         guest_schema::NetBackend::Stream(number) => {
             let socket = take(*number).and_then(|socket| connected(socket, *number));
-            Ok(NetBackend::Stream(socket.map_err(|problem| ("stream", problem))?))
+            Ok(OpenBackend::Ready(NetBackend::Stream(socket.map_err(|problem| ("stream", problem))?)))
         }
-        guest_schema::NetBackend::VhostUser { .. } => Err(("vhostUser", "not supported".into())),
+        guest_schema::NetBackend::VhostUser { socket, queue_pairs } => {
+            let connected = take(*socket).and_then(|descriptor| connected(descriptor, *socket));
+            Ok(OpenBackend::VhostUser(connected.map_err(|problem| ("vhostUser", problem))?, *queue_pairs))
+        }
     }
 }
 
@@ -118,22 +133,51 @@ fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
     faults
 }
 
-/// Adds the devices.
-pub(super) fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> Result<(), Failure> {
-    for (index, RequestedNet { mac, mtu, backend, limits }) in taken.into_iter().enumerate() {
-        let name = format!("net{index}");
-        let failure = |error: &dyn std::error::Error| {
-            let detail = format!("{name}: {}", chain(error));
-            Failure::new(GuestError::DeviceInitializationFailure, detail)
+/// Agrees with the back ends that need it, all at once. What they lack are faults, all of them in one failure.
+async fn agreed(taken: Vec<RequestedNet>) -> Result<Vec<RequestedNet<NetBackend>>, Failure> {
+    let agree = async |RequestedNet { mac, mtu, backend, limits }| {
+        let backend = match backend {
+            OpenBackend::Ready(backend) => Ok(backend),
+            OpenBackend::VhostUser(socket, pairs) => {
+                VhostUser::connect(socket, pairs).await.map(NetBackend::VhostUser)
+            }
         };
+        backend.map(|backend| RequestedNet { mac, mtu, backend, limits })
+    };
+    let (mut agreed, mut faults) = (Vec::new(), Vec::new());
+    for (index, outcome) in join_all(taken.into_iter().map(agree)).await.into_iter().enumerate() {
+        match outcome {
+            Ok(device) => agreed.push(device),
+            Err(error @ (VhostUserError::Lacks(_) | VhostUserError::Queues { .. })) => {
+                faults.push(ConfigFault::new(format!("net[{index}].backend.vhostUser"), error.to_string()));
+            }
+            Err(error) => return Err(unmade(&name(index), &error)),
+        }
+    }
+    refused(&faults).map_or(Ok(agreed), Err)
+}
+
+fn name(index: usize) -> String {
+    format!("net{index}")
+}
+
+fn unmade(name: &str, error: &dyn std::error::Error) -> Failure {
+    Failure::new(GuestError::DeviceInitializationFailure, format!("{name}: {}", chain(error)))
+}
+
+/// Adds the devices. A back end is waited for some seconds at most, and not at all any more once this is dropped.
+pub(super) async fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> Result<(), Failure> {
+    let agreed = agreed(taken).await?;
+    for (index, RequestedNet { mac, mtu, backend, limits }) in agreed.into_iter().enumerate() {
+        let name = name(index);
         let mac = match mac {
             Some(mac) => mac,
-            None => made_up().map_err(|error| failure(&error))?,
+            None => made_up().map_err(|error| unmade(&name, &error))?,
         };
         let watcher = Some(watcher(name.clone(), devices.told.clone()));
         let spec = NetSpec { mac: mac.0, mtu, backend, rates: Arc::new(block::rates(limits)), watcher };
         // The link is switched by its node in the inspection tree.
-        let (spec, _link) = Net::spec(&name, spec).map_err(|error| failure(&error))?;
+        let (spec, _link) = Net::spec(&name, spec).map_err(|error| unmade(&name, &error))?;
         devices.specs.push(spec);
     }
     Ok(())
