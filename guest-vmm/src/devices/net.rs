@@ -202,6 +202,7 @@ fn made_up() -> rustix::io::Result<MacAddress> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ::devices::virtio::fake_back_end::{FakeBackEnd, OFFERED, PROTOCOL};
     use guest_schema::NetBackend as Backend;
 
     fn device(mac: Option<[u8; 6]>, mtu: Option<u16>, backend: Backend) -> NetConfig {
@@ -257,6 +258,44 @@ mod tests {
         let many = vec![device(None, None, Backend::Stream(0)); 33];
         assert_eq!(value_faults(&many)[0].to_string(), "net: 33 devices are more than 32");
         assert_eq!(value_faults(&many[1..]), []);
+    }
+
+    fn vhost_user(socket: std::os::unix::net::UnixStream, pairs: u16) -> RequestedNet {
+        let backend = OpenBackend::VhostUser(socket.into(), pairs);
+        RequestedNet { mac: None, mtu: None, backend, limits: RateLimits::default() }
+    }
+
+    fn agreed_with(devices: Vec<RequestedNet>) -> Result<usize, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        runtime.block_on(agreed(devices)).map(|devices| devices.len())
+    }
+
+    #[test]
+    fn what_back_ends_lack_is_in_one_failure() {
+        let back_end = || FakeBackEnd::new(OFFERED, PROTOCOL);
+        let ((_good, good), (_small, small), (_plain, plain)) =
+            (back_end(), back_end(), FakeBackEnd::new(0, PROTOCOL));
+        let (_one, one) = back_end();
+        assert_eq!(agreed_with(vec![vhost_user(one, 1)]), Ok(1));
+        let failure =
+            agreed_with(vec![vhost_user(small, 3), vhost_user(good, 2), vhost_user(plain, 1)]).unwrap_err();
+        assert_eq!(failure.code, GuestError::BadConfig);
+        let expected = "net[0].backend.vhostUser: the vhost-user back end has 4 queues, not 6; \
+                        net[2].backend.vhostUser: the vhost-user back end has no VIRTIO_F_VERSION_1";
+        assert_eq!(failure.detail, expected);
+    }
+
+    /// Several that do not answer take no longer than one.
+    #[test]
+    fn back_ends_that_do_not_answer_are_given_up_together() {
+        let (sockets, _others): (Vec<_>, Vec<_>) =
+            (0..8).map(|_| std::os::unix::net::UnixStream::pair().expect("a pair")).unzip();
+        let begun = std::time::Instant::now();
+        let devices = sockets.into_iter().map(|socket| vhost_user(socket, 1));
+        let failure = agreed_with(devices.collect()).unwrap_err();
+        assert!(begun.elapsed() < std::time::Duration::from_secs(6), "{:?}", begun.elapsed());
+        assert_eq!(failure.code, GuestError::DeviceInitializationFailure);
+        assert_eq!(failure.detail, "net0: the vhost-user back end has not answered within 3s");
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`, the virtio console in `consoles`; what the board's small devices tell, in `board`.
+//! `client_units`, the virtio console in `consoles`, a network by vhost-user in `networks`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
+mod networks;
 mod operator;
 
 use std::future::Future;
@@ -27,6 +28,7 @@ use libtest_mimic::Trial;
 use board::*;
 use client_units::*;
 use consoles::*;
+use networks::*;
 use operator::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -119,6 +121,9 @@ stories! {
     a_console_is_read_and_resized on scripts;
     a_consoles_sender_waits_for_room on scripts;
     a_console_without_a_config_of_its_own_has_no_ports on scripts;
+    a_guest_talks_by_vhost_user on scripts;
+    vhost_user_back_ends_that_cannot_be_are_refused on scripts;
+    guestctl_runs_a_guest_with_vhost_user on scripts;
 }
 
 fn main() -> ExitCode {

@@ -141,6 +141,8 @@ impl VhostUser {
             .call(move |frontend| {
                 frontend.set_features(features)?;
                 frontend.set_mem_table(&regions)?;
+                // A queue is as enabled as it was before, and would be served as soon as it is there.
+                enable(frontend, &lent, 0)?;
                 lent.iter().try_for_each(|lent| lent.set_up(frontend))?;
                 enable(frontend, &lent, enabled)?;
                 // Without acknowledgements this is the only sign that it has taken all of it.

@@ -1,22 +1,31 @@
 //! Back ends in other processes: a good one, made with the library for them, and bad ones.
 
 mod hostile;
-mod loopback;
 mod scripted;
 
 use super::*;
+use crate::virtio::fake_back_end::{FakeBackEnd, OFFERED, PROTOCOL, QUEUES};
 use crate::virtio::net::{VhostUser, VhostUserError};
-use loopback::{BackEnd, OFFERED, PROTOCOL, connect};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
-/// The control queue's commands for the number of pairs.
-const CONTROL: usize = loopback::QUEUES;
+/// Where the control queue is behind all pairs of the back end.
+const CONTROL: usize = QUEUES;
 
 fn agree(socket: UnixStream, pairs: u16) -> Result<VhostUser, VhostUserError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(VhostUser::connect(socket.into(), pairs))
+}
+
+/// A back end that offers this, and what comes of agreeing with it.
+fn connect(
+    offered: u64,
+    protocol: VhostUserProtocolFeatures,
+    pairs: u16,
+) -> (FakeBackEnd, Result<VhostUser, VhostUserError>) {
+    let (back_end, socket) = FakeBackEnd::new(offered, protocol);
+    (back_end, agree(socket, pairs))
 }
 
 /// A device over what was agreed, whose driver has not looked at it yet.
@@ -27,7 +36,7 @@ fn started(backend: VhostUser) -> Bench<UnixStream> {
 }
 
 /// A device over a back end that offers this.
-fn bench_of(offered: u64, features: u64, pairs: u16) -> (Bench<UnixStream>, BackEnd) {
+fn bench_of(offered: u64, features: u64, pairs: u16) -> (Bench<UnixStream>, FakeBackEnd) {
     let (back_end, backend) = connect(offered, PROTOCOL, pairs);
     let mut bench = started(backend.expect("it fits"));
     bench.driver.initialize(features);
@@ -64,7 +73,7 @@ fn frames_go_both_ways_with_stops_and_resets_between() {
     bench.offer(1, 2048);
     bench.echoes(60, 1);
     assert_eq!(shown(&bench.driver, "backend"), "there");
-    assert_eq!(back_end.seen.lock().unwrap().memory, crate::virtio::fake_driver::RAM_BYTES);
+    assert_eq!(back_end.seen().memory, crate::virtio::fake_driver::RAM_BYTES);
 }
 
 /// More frames than buffers, and none of the driver's waits: it is the back end's interrupts that tell of all of them.
@@ -154,7 +163,7 @@ fn only_what_the_back_end_offers_is_offered() {
         bench.echoes(60, 1);
         let transport = there & OFFERED;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        assert_eq!(back_end.seen.lock().unwrap().features, transport | frames | protocol);
+        assert_eq!(back_end.seen().features, transport | frames | protocol);
     }
 }
 
@@ -213,10 +222,9 @@ fn a_link_that_is_switched_off_has_no_queues() {
 #[test]
 fn a_back_end_killed_under_load_takes_the_link_and_nothing_else() {
     let (mut bench, back_end) = bench_of(OFFERED, PLAIN, 1);
-    let killer = back_end.killer();
     for seed in 0..2000 {
         if seed == 1000 {
-            killer.shutdown();
+            back_end.kill();
         }
         bench.driver.send(RECEIVE, &[Buffer::In(2048)]);
         bench.send(TRANSMIT, 60, seed);

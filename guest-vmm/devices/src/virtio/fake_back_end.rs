@@ -1,13 +1,15 @@
-//! A real back end in place of another process: it sends back each frame that it gets, on the pair on which it came.
+//! A vhost-user back end of network devices, made with the library for such: it sends back each frame that it gets, on the queue pair
+//! on which it came. On threads of its own, in place of another process; for tests.
 
-use crate::virtio::net::{VhostUser, VhostUserError};
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
+use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -17,26 +19,28 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-/// How many queues it has.
+/// How many queues it has: two pairs.
 pub const QUEUES: usize = 4;
 
-/// What it offers.
+/// The features of VIRTIO's that a good one offers.
 pub const OFFERED: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// What it does with the protocol.
+/// The protocol's features that a good one offers.
 pub const PROTOCOL: VhostUserProtocolFeatures =
     VhostUserProtocolFeatures::MQ.union(VhostUserProtocolFeatures::REPLY_ACK);
 
-/// What it was told, for tests to look at.
-#[derive(Debug, Default)]
+/// What a back end has seen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
     /// What the driver and it have agreed on.
     pub features: u64,
     /// How much of the guest's memory it has, in bytes.
     pub memory: u64,
+    /// How many frames it has sent back.
+    pub frames: u64,
 }
 
 struct Loopback {
@@ -50,6 +54,10 @@ struct Loopback {
 }
 
 impl Loopback {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The next chain; if there is none, the driver is to tell of the next one. A queue that it does not have has none.
     fn next(&self, vring: &VringRwLock) -> Option<Chain> {
         let memory = self.memory.memory();
@@ -90,7 +98,7 @@ impl VhostUserBackendMut for Loopback {
     }
 
     fn acked_features(&mut self, features: u64) {
-        self.seen.lock().unwrap().features = features;
+        self.seen().features = features;
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -102,7 +110,7 @@ impl VhostUserBackendMut for Loopback {
     }
 
     fn update_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        self.seen.lock().unwrap().memory = memory.memory().iter().map(GuestMemoryRegion::len).sum();
+        self.seen().memory = memory.memory().iter().map(GuestMemoryRegion::len).sum();
         self.memory = memory;
         Ok(())
     }
@@ -129,33 +137,35 @@ impl VhostUserBackendMut for Loopback {
             let frame = self.frames[pair].remove(0);
             chain.writer(&*memory).expect("writable").write_all(&frame).expect("room");
             receive.add_used(head, frame.len().try_into().expect("short")).expect("a queue");
+            self.seen().frames += 1;
         }
         self.tell(receive)
     }
 }
 
-type Daemon = VhostUserDaemon<Arc<Mutex<Loopback>>>;
-
-/// A back end at work. It ends when it is dropped, or killed.
-pub struct BackEnd {
-    daemon: Daemon,
-    pub seen: Arc<Mutex<Seen>>,
+/// A back end at work. Its connection and its threads end with it.
+pub struct FakeBackEnd {
+    daemon: VhostUserDaemon<Arc<Mutex<Loopback>>>,
+    seen: Arc<Mutex<Seen>>,
 }
 
-impl BackEnd {
-    /// What ends its connection, as its death would.
-    pub fn killer(&self) -> ShutdownHandle {
-        self.daemon.shutdown_handle().expect("it is connected")
+impl FakeBackEnd {
+    /// A back end that offers these features of VIRTIO's and of the protocol's, and the other end of its socket.
+    pub fn new(offered: u64, protocol: VhostUserProtocolFeatures) -> (Self, UnixStream) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let listener = Listener::new(&path, true).expect("a socket");
+        let socket = UnixStream::connect(&path).expect("it listens");
+        (Self::accept(listener, offered, protocol), socket)
     }
-}
 
-/// A back end that offers this, on its way, and our end of its socket.
-fn listening(offered: u64, protocol: VhostUserProtocolFeatures) -> (JoinHandle<BackEnd>, UnixStream) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("socket");
-    let mut listener = Listener::new(&path, true).expect("a socket");
-    let socket = UnixStream::connect(&path).expect("it listens");
-    let back_end = std::thread::spawn(move || {
+    /// A good back end that waits for a connection to this path, on a thread that gives it back then.
+    pub fn listening(path: &Path) -> JoinHandle<Self> {
+        let listener = Listener::new(path, true).expect("a socket");
+        std::thread::spawn(move || Self::accept(listener, OFFERED, PROTOCOL))
+    }
+
+    fn accept(mut listener: Listener, offered: u64, protocol: VhostUserProtocolFeatures) -> Self {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let (event_idx, frames, seen) = (false, Default::default(), Arc::<Mutex<Seen>>::default());
         let loopback =
@@ -163,18 +173,22 @@ fn listening(offered: u64, protocol: VhostUserProtocolFeatures) -> (JoinHandle<B
         let loopback = Arc::new(Mutex::new(loopback));
         let mut daemon = VhostUserDaemon::new("loopback".into(), loopback, memory).expect("a back end");
         daemon.start(&mut listener).expect("a connection");
-        BackEnd { daemon, seen }
-    });
-    (back_end, socket)
+        Self { daemon, seen }
+    }
+
+    /// What it has seen so far.
+    pub fn seen(&self) -> Seen {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends its connection, as its death would.
+    pub fn kill(&self) {
+        self.daemon.request_shutdown();
+    }
 }
 
-/// A back end that offers this, and what comes of agreeing with it.
-pub fn connect(
-    offered: u64,
-    protocol: VhostUserProtocolFeatures,
-    pairs: u16,
-) -> (BackEnd, Result<VhostUser, VhostUserError>) {
-    let (back_end, socket) = listening(offered, protocol);
-    let agreed = super::agree(socket, pairs);
-    (back_end.join().expect("it does not panic"), agreed)
+impl fmt::Debug for FakeBackEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FakeBackEnd").field(&self.seen()).finish()
+    }
 }
