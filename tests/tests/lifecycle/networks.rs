@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use devices::virtio::fake_back_end::{FakeBackEnd, OFFERED, PROTOCOL};
 use guest_client::{EventKind, MacAddress, NetBackend, NetConfig, Rendering};
-use guest_schema::{DevicesConfig, GuestConfig, GuestError};
+use guest_schema::{DevicesConfig, GuestConfig, GuestError, MemDeviceConfig};
 use guest_tests::service::{PATIENCE, program};
 use guest_tests::stage::{Act, Channel, Player, Stage, Story, expect, refusal, refused, says};
 use guest_tests::wait;
@@ -37,6 +37,9 @@ const RECEIVE: u64 = 0x80_0000;
 const TRANSMIT: u64 = 0x81_0000;
 const PAGE: u64 = 0x1000;
 const BUFFER: u64 = 3 * PAGE;
+
+/// The region for memory that is plugged later.
+const REGION: u64 = 64 << 20;
 
 const MAC: MacAddress = MacAddress([2, 0, 0, 0, b'm', b'a']);
 /// A header and a frame.
@@ -95,7 +98,8 @@ fn config(player: &Player, socket: UnixStream, pairs: u16) -> anyhow::Result<Opt
     let Some(socket) = player.lifecycle.descriptor(socket) else { return Ok(None) };
     let backend = NetBackend::VhostUser { socket, queue_pairs: pairs };
     let net = vec![NetConfig { mac: Some(MAC), ..NetConfig::new(backend) }];
-    let devices = DevicesConfig { net, ..DevicesConfig::default() };
+    let devices =
+        DevicesConfig { net, mem: Some(MemDeviceConfig::of_region(REGION)), ..DevicesConfig::default() };
     Ok(Some(GuestConfig { devices, ..player.config_of(&script())? }))
 }
 
@@ -107,8 +111,8 @@ pub async fn a_guest_talks_by_vhost_user(stage: Stage) -> Story {
         return expect("no descriptors go through the service", stage.channel == Channel::Proxied, true);
     };
     let running = player.play_config(&config).await?;
-    wait::until_async("the frame coming back", PATIENCE, || back_end.seen().frames == 1).await?;
-    expect("the back end's memory", back_end.seen().memory, 16 << 20)?;
+    wait::until_async("the frame coming back", PATIENCE, async || back_end.seen().frames == 1).await?;
+    expect("the back end's memory, with what may be plugged", back_end.seen().memory, (16 << 20) + REGION)?;
     player.lifecycle.control().pause().await?;
     player.lifecycle.control().resume().await?;
     running.input.write(b"!").await?;
@@ -118,10 +122,12 @@ pub async fn a_guest_talks_by_vhost_user(stage: Stage) -> Story {
     back_end.kill();
     let observer = running.guest.observer();
     let lost = "gone: the vhost-user back end has closed the connection\n";
-    let mut shown = String::new();
-    while shown != lost {
-        shown = observer.inspect("units/net0/unit/device/backend", 0, Rendering::Text).await?;
-    }
+    let look = async || {
+        let node = "units/net0/unit/device/backend";
+        let shown = observer.inspect(node, 0, Rendering::Text).await.map_err(|error| error.to_string())?;
+        if shown == lost { Ok(()) } else { Err(shown) }
+    };
+    wait::found_async("the back end's end", PATIENCE, look).await?;
     running.input.write(b"!").await?;
     running.console.saw("ma\0\0;").await?;
     running.input.write(b"!").await?;
@@ -170,9 +176,9 @@ pub async fn guestctl_runs_a_guest_with_vhost_user(stage: Stage) -> Story {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut guestctl = command.spawn()?;
     let mut input = guestctl.stdin.take().expect("it is piped");
-    wait::until_async("a connection", PATIENCE, || back_end.is_finished()).await?;
+    wait::until_async("a connection", PATIENCE, async || back_end.is_finished()).await?;
     let back_end = back_end.join().expect("it does not panic");
-    wait::until_async("the frame coming back", PATIENCE, || back_end.seen().frames == 1).await?;
+    wait::until_async("the frame coming back", PATIENCE, async || back_end.seen().frames == 1).await?;
     input.write_all(b"!!!!")?;
     let output = tokio::task::spawn_blocking(move || guestctl.wait_with_output()).await??;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
