@@ -51,6 +51,8 @@ struct Loopback {
     /// Frames with their headers, on their way back, of each pair.
     frames: [Vec<Vec<u8>>; QUEUES / 2],
     seen: Arc<Mutex<Seen>>,
+    /// It touches nothing any more.
+    is_dead: bool,
 }
 
 impl Loopback {
@@ -120,6 +122,9 @@ impl VhostUserBackendMut for Loopback {
     }
 
     fn handle_event(&mut self, event: u16, _: EventSet, vrings: &[VringRwLock], _: usize) -> io::Result<()> {
+        if self.is_dead {
+            return Ok(());
+        }
         let pair = usize::from(event) / 2;
         let [receive, transmit] = [&vrings[2 * pair], &vrings[2 * pair + 1]];
         while let Some(chain) = self.next(transmit) {
@@ -146,6 +151,7 @@ impl VhostUserBackendMut for Loopback {
 /// A back end at work. Its connection and its threads end with it.
 pub struct FakeBackEnd {
     daemon: VhostUserDaemon<Arc<Mutex<Loopback>>>,
+    loopback: Arc<Mutex<Loopback>>,
     seen: Arc<Mutex<Seen>>,
 }
 
@@ -168,12 +174,20 @@ impl FakeBackEnd {
     fn accept(mut listener: Listener, offered: u64, protocol: VhostUserProtocolFeatures) -> Self {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let (event_idx, frames, seen) = (false, Default::default(), Arc::<Mutex<Seen>>::default());
-        let loopback =
-            Loopback { offered, protocol, event_idx, memory: memory.clone(), frames, seen: seen.clone() };
+        let loopback = Loopback {
+            offered,
+            protocol,
+            event_idx,
+            memory: memory.clone(),
+            frames,
+            seen: seen.clone(),
+            is_dead: false,
+        };
         let loopback = Arc::new(Mutex::new(loopback));
-        let mut daemon = VhostUserDaemon::new("loopback".into(), loopback, memory).expect("a back end");
+        let mut daemon =
+            VhostUserDaemon::new("loopback".into(), loopback.clone(), memory).expect("a back end");
         daemon.start(&mut listener).expect("a connection");
-        Self { daemon, seen }
+        Self { daemon, loopback, seen }
     }
 
     /// What it has seen so far.
@@ -181,8 +195,9 @@ impl FakeBackEnd {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends its connection, as its death would.
+    /// Ends it as its death would: it touches no queue any more, and then its connection ends.
     pub fn kill(&self) {
+        self.loopback.lock().unwrap_or_else(PoisonError::into_inner).is_dead = true;
         self.daemon.request_shutdown();
     }
 }

@@ -17,7 +17,11 @@ use crate::virtio::{DeviceFault, QueueWorker, Session, VirtQueue};
 use futures::future::{LocalBoxFuture, try_join_all};
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
+
+/// How often queues are looked at whose doorbells somebody else may have taken: a back end that was given up, and lives on.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What serves a network device's queues.
 #[derive(Debug)]
@@ -35,6 +39,8 @@ pub(super) enum Frames {
     Ports(Vec<Port>),
     /// The back end does.
     VhostUser(VhostUser),
+    /// Nobody does: the back end is gone, but may still hear the doorbells.
+    Lost(Vec<Port>),
 }
 
 /// A queue for frames to the driver, and one for those from it.
@@ -53,15 +59,17 @@ impl QueueWorker for NetWorker {
             if ended == Ended::Stopped {
                 return Ok(());
             }
-            self.frames = Frames::Ports((0..backend.pairs).map(|_| Port::lost()).collect());
+            self.frames = Frames::Lost((0..backend.pairs).map(|_| Port::lost()).collect());
         }
         let mut stop = session.stop.clone();
+        let is_lost = matches!(self.frames, Frames::Lost(_));
         loop {
             let served = self.serve(session);
             tokio::select! {
                 biased;
                 () = stop.requested() => return Ok(()),
                 changed = served => changed?,
+                () = tokio::time::sleep(LOOK), if is_lost => {}
             }
         }
     }
@@ -87,7 +95,9 @@ impl NetWorker {
     /// Serves the queue pairs that the driver uses, until it uses another number of them.
     async fn serve(&mut self, session: &mut Session) -> Result<(), DeviceFault> {
         let Self { frames, mtu, limiters, shared } = self;
-        let Frames::Ports(ports) = frames else { return std::future::pending().await };
+        let (Frames::Ports(ports) | Frames::Lost(ports)) = frames else {
+            return std::future::pending().await;
+        };
         let Session { queues, memory, features, .. } = session;
         let features = *features;
         let lane = Lane { memory, features, mtu: *mtu, limiters, shared };
