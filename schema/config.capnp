@@ -183,7 +183,10 @@ struct NetConfig {
     stream @2 :UInt64;
     # A connected Unix stream socket. Before each frame stands its length, 32 bits, big endian: as QEMU has it, and passt.
     vhostUser @3 :UInt64;
-    # A connected Unix stream socket, with a vhost-user back end at its other end. Not supported yet: badConfig.
+    # A connected Unix stream socket, with a vhost-user back end at its other end (QEMU's docs/interop/vhost-user.rst): another
+    # process that serves the queues itself. It gets all of the guest's memory, to read and to write. It has to have VIRTIO_F_VERSION_1,
+    # VHOST_USER_F_PROTOCOL_FEATURES and, for several queue pairs, VHOST_USER_PROTOCOL_F_MQ with as many queues: else badConfig. One
+    # that does not agree within 3 s: deviceInitializationFailure.
     tapQueues @4 :List(UInt64);
     # The same TAP device once for each queue pair, attached with IFF_MULTI_QUEUE besides: 1 to 16.
   }

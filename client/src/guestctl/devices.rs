@@ -20,11 +20,12 @@ second, each way for itself (bps-burst, iops-burst: at once). BACKEND is one of
   passt=SOCKET       the same from a passt that listens there, or anything in QEMU's framing of streams
   tap=NAME           a TAP device, made if there is none of that name
   fd=N[:N…]          descriptors that this process was started with: of a TAP device (one for each queue pair), or one stream
-  vhost-user=SOCKET  a vhost-user back end that listens there (not supported yet: the VMM refuses it)
+  vhost-user=SOCKET  a vhost-user back end that listens there: a process that gets the guest's memory and serves the queues itself
 
 Examples:
   guestctl run --kernel vmlinuz --initrd initrd.gz --net passt
   guestctl run --kernel vmlinuz --initrd initrd.gz --net tap=tap0,mac=02:00:00:00:00:01,queues=2 --cpus 2
+  guestctl run --kernel vmlinuz --initrd initrd.gz --net vhost-user=/run/switch.sock,queues=2 --cpus 2
   guestctl update web units/net0/unit/device/link false      (pulls the cable)";
 
 /// The devices that a guest has beside its board.

@@ -9,7 +9,7 @@ mod rng;
 mod vsock;
 
 use crate::ports::GuestOutputs;
-use crate::vm::Cancel;
+use crate::vm::{Cancel, cancelled};
 use ::devices::virtio::VirtioSpec;
 use ::devices::virtio::balloon::BalloonHandle;
 use ::devices::virtio::console::ConsoleHandle;
@@ -65,7 +65,8 @@ impl Backends {
 }
 
 /// The devices of a config that was checked, in the order in which a guest finds them. What may take the host long is done on the
-/// blocking pool. On an error, also that the create was cancelled, nothing is open or locked any more.
+/// blocking pool, and back ends that have to be agreed with are waited for. On an error, also that the create was cancelled, nothing is
+/// open or locked any more.
 pub(crate) async fn requested(
     config: &GuestConfig,
     backends: Backends,
@@ -77,7 +78,11 @@ pub(crate) async fn requested(
         RequestedDevices { specs, ends, hotplug: None, outputs: GuestOutputs::default(), errors, told };
     let Backends { images, net } = backends;
     block::add(&config.devices.block, images, &mut devices, cancel).await?;
-    net::add(net, &mut devices)?;
+    tokio::select! {
+        biased;
+        added = net::add(net, &mut devices) => added?,
+        () = cancel.cancelled() => return Err(cancelled()),
+    }
     rng::add(&config.devices, &mut devices);
     balloon::add(config, &mut devices);
     console::add(&config.devices, &mut devices);

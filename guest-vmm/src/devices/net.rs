@@ -1,7 +1,12 @@
 //! Network devices.
 
 use super::{RequestedDevices, block};
-use devices::virtio::net::{LinkEvent, LinkWatcher, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap};
+use crate::config::refused;
+use devices::virtio::net::{
+    LinkEvent, LinkWatcher, MAX_QUEUE_PAIRS, MIN_MTU, Net, NetBackend, NetSpec, Tap, VhostUser,
+    VhostUserError,
+};
+use futures::future::join_all;
 use guest_schema::{ConfigFault, DeviceError, Failure, GuestError, MacAddress, NetConfig, RateLimits, chain};
 use guest_transport::Descriptors;
 use rustix::net::sockopt::{socket_domain, socket_type};
@@ -16,11 +21,18 @@ use tokio::sync::mpsc;
 const MAX_DEVICES: usize = 32;
 
 /// A network device, its descriptors in hand.
-pub(super) struct RequestedNet {
+pub(super) struct RequestedNet<B = OpenBackend> {
     mac: Option<MacAddress>,
     mtu: Option<u16>,
-    backend: NetBackend,
+    backend: B,
     limits: RateLimits,
+}
+
+/// A back end, its descriptors in hand.
+pub(super) enum OpenBackend {
+    Ready(NetBackend),
+    /// One that is to be agreed with about so many queue pairs.
+    VhostUser(OwnedFd, u16),
 }
 
 /// Takes the devices' descriptors. What of the devices cannot be is a fault.
@@ -45,7 +57,7 @@ pub(super) fn take(
 fn back_end(
     backend: &guest_schema::NetBackend,
     descriptors: &Descriptors,
-) -> Result<NetBackend, (&'static str, String)> {
+) -> Result<OpenBackend, (&'static str, String)> {
     let take = |number: u64| descriptors.take(number).map_err(|error| error.to_string());
     match backend {
         guest_schema::NetBackend::Tap(numbers) => {
@@ -55,13 +67,16 @@ fn back_end(
                 tap.map_err(|error| format!("descriptor {number}: {}", chain(&error)))
             };
             let queues: Result<Vec<Tap>, String> = numbers.iter().map(queue).collect();
-            Ok(NetBackend::Tap(queues.map_err(|problem| (kind, problem))?))
+            Ok(OpenBackend::Ready(NetBackend::Tap(queues.map_err(|problem| (kind, problem))?)))
         }
         guest_schema::NetBackend::Stream(number) => {
             let socket = take(*number).and_then(|socket| connected(socket, *number));
-            Ok(NetBackend::Stream(socket.map_err(|problem| ("stream", problem))?))
+            Ok(OpenBackend::Ready(NetBackend::Stream(socket.map_err(|problem| ("stream", problem))?)))
         }
-        guest_schema::NetBackend::VhostUser { .. } => Err(("vhostUser", "not supported".into())),
+        guest_schema::NetBackend::VhostUser { socket, queue_pairs } => {
+            let connected = take(*socket).and_then(|descriptor| connected(descriptor, *socket));
+            Ok(OpenBackend::VhostUser(connected.map_err(|problem| ("vhostUser", problem))?, *queue_pairs))
+        }
     }
 }
 
@@ -118,22 +133,51 @@ fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
     faults
 }
 
-/// Adds the devices.
-pub(super) fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> Result<(), Failure> {
-    for (index, RequestedNet { mac, mtu, backend, limits }) in taken.into_iter().enumerate() {
-        let name = format!("net{index}");
-        let failure = |error: &dyn std::error::Error| {
-            let detail = format!("{name}: {}", chain(error));
-            Failure::new(GuestError::DeviceInitializationFailure, detail)
+/// Agrees with the back ends that need it, all at once. What they lack are faults, all of them in one failure.
+async fn agreed(taken: Vec<RequestedNet>) -> Result<Vec<RequestedNet<NetBackend>>, Failure> {
+    let agree = async |RequestedNet { mac, mtu, backend, limits }| {
+        let backend = match backend {
+            OpenBackend::Ready(backend) => Ok(backend),
+            OpenBackend::VhostUser(socket, pairs) => {
+                VhostUser::connect(socket, pairs).await.map(NetBackend::VhostUser)
+            }
         };
+        backend.map(|backend| RequestedNet { mac, mtu, backend, limits })
+    };
+    let (mut agreed, mut faults) = (Vec::new(), Vec::new());
+    for (index, outcome) in join_all(taken.into_iter().map(agree)).await.into_iter().enumerate() {
+        match outcome {
+            Ok(device) => agreed.push(device),
+            Err(error @ (VhostUserError::Lacks(_) | VhostUserError::Queues { .. })) => {
+                faults.push(ConfigFault::new(format!("net[{index}].backend.vhostUser"), error.to_string()));
+            }
+            Err(error) => return Err(unmade(&name(index), &error)),
+        }
+    }
+    refused(&faults).map_or(Ok(agreed), Err)
+}
+
+fn name(index: usize) -> String {
+    format!("net{index}")
+}
+
+fn unmade(name: &str, error: &dyn std::error::Error) -> Failure {
+    Failure::new(GuestError::DeviceInitializationFailure, format!("{name}: {}", chain(error)))
+}
+
+/// Adds the devices. A back end is waited for some seconds at most, and not at all any more once this is dropped.
+pub(super) async fn add(taken: Vec<RequestedNet>, devices: &mut RequestedDevices) -> Result<(), Failure> {
+    let agreed = agreed(taken).await?;
+    for (index, RequestedNet { mac, mtu, backend, limits }) in agreed.into_iter().enumerate() {
+        let name = name(index);
         let mac = match mac {
             Some(mac) => mac,
-            None => made_up().map_err(|error| failure(&error))?,
+            None => made_up().map_err(|error| unmade(&name, &error))?,
         };
         let watcher = Some(watcher(name.clone(), devices.told.clone()));
         let spec = NetSpec { mac: mac.0, mtu, backend, rates: Arc::new(block::rates(limits)), watcher };
         // The link is switched by its node in the inspection tree.
-        let (spec, _link) = Net::spec(&name, spec).map_err(|error| failure(&error))?;
+        let (spec, _link) = Net::spec(&name, spec).map_err(|error| unmade(&name, &error))?;
         devices.specs.push(spec);
     }
     Ok(())
@@ -158,6 +202,7 @@ fn made_up() -> rustix::io::Result<MacAddress> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ::devices::virtio::fake_back_end::{FakeBackEnd, OFFERED, PROTOCOL};
     use guest_schema::NetBackend as Backend;
 
     fn device(mac: Option<[u8; 6]>, mtu: Option<u16>, backend: Backend) -> NetConfig {
@@ -213,6 +258,44 @@ mod tests {
         let many = vec![device(None, None, Backend::Stream(0)); 33];
         assert_eq!(value_faults(&many)[0].to_string(), "net: 33 devices are more than 32");
         assert_eq!(value_faults(&many[1..]), []);
+    }
+
+    fn vhost_user(socket: std::os::unix::net::UnixStream, pairs: u16) -> RequestedNet {
+        let backend = OpenBackend::VhostUser(socket.into(), pairs);
+        RequestedNet { mac: None, mtu: None, backend, limits: RateLimits::default() }
+    }
+
+    fn agreed_with(devices: Vec<RequestedNet>) -> Result<usize, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        runtime.block_on(agreed(devices)).map(|devices| devices.len())
+    }
+
+    #[test]
+    fn what_back_ends_lack_is_in_one_failure() {
+        let back_end = || FakeBackEnd::new(OFFERED, PROTOCOL);
+        let ((_good, good), (_small, small), (_plain, plain)) =
+            (back_end(), back_end(), FakeBackEnd::new(0, PROTOCOL));
+        let (_one, one) = back_end();
+        assert_eq!(agreed_with(vec![vhost_user(one, 1)]), Ok(1));
+        let failure =
+            agreed_with(vec![vhost_user(small, 3), vhost_user(good, 2), vhost_user(plain, 1)]).unwrap_err();
+        assert_eq!(failure.code, GuestError::BadConfig);
+        let expected = "net[0].backend.vhostUser: the vhost-user back end has 4 queues, not 6; \
+                        net[2].backend.vhostUser: the vhost-user back end has no VIRTIO_F_VERSION_1";
+        assert_eq!(failure.detail, expected);
+    }
+
+    /// Several that do not answer take no longer than one.
+    #[test]
+    fn back_ends_that_do_not_answer_are_given_up_together() {
+        let (sockets, _others): (Vec<_>, Vec<_>) =
+            (0..8).map(|_| std::os::unix::net::UnixStream::pair().expect("a pair")).unzip();
+        let begun = std::time::Instant::now();
+        let devices = sockets.into_iter().map(|socket| vhost_user(socket, 1));
+        let failure = agreed_with(devices.collect()).unwrap_err();
+        assert!(begun.elapsed() < std::time::Duration::from_secs(6), "{:?}", begun.elapsed());
+        assert_eq!(failure.code, GuestError::DeviceInitializationFailure);
+        assert_eq!(failure.detail, "net0: the vhost-user back end has not answered within 3s");
     }
 
     #[test]

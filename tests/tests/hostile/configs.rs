@@ -302,7 +302,7 @@ async fn what_is_not_supported_is_listed() -> Story {
     for field in [
         "source.boot.kernelType: zircon is not supported",
         "block[0].format.file: none was given",
-        "net[0].backend.vhostUser: not supported",
+        "net[0].backend.vhostUser: descriptor 1 was not handed over this channel",
         "consoleConfig.ports[1]: \"a/b\" has other characters",
         "vsock.listeners[0].acceptor: none was given",
         "units[0].unit: none was given",

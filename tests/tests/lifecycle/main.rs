@@ -1,11 +1,13 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`, the virtio console in `consoles`, disks in `disks`, vsock in `sockets`; what the board's small devices tell, in `board`.
+//! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`; what the
+//! board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
 mod disks;
+mod networks;
 mod operator;
 mod sockets;
 
@@ -30,6 +32,7 @@ use board::*;
 use client_units::*;
 use consoles::*;
 use disks::*;
+use networks::*;
 use operator::*;
 use sockets::*;
 
@@ -137,6 +140,9 @@ stories! {
     a_client_listens_for_as_long_as_it_likes on scripts;
     a_client_connects_to_its_guest on scripts;
     a_guest_without_a_socket_device_says_so;
+    a_guest_talks_by_vhost_user on scripts;
+    vhost_user_back_ends_that_cannot_be_are_refused on scripts;
+    guestctl_runs_a_guest_with_vhost_user on scripts;
 }
 
 fn main() -> ExitCode {

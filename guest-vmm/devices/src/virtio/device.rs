@@ -65,6 +65,12 @@ pub trait VirtioDevice: InspectMut + Send + 'static {
     /// VERSION_1, INDIRECT_DESC and EVENT_IDX.
     fn features(&self) -> u64;
 
+    /// Which of INDIRECT_DESC and EVENT_IDX the transport must not add, since somebody else serves the queues who cannot do it. The same
+    /// for the device's whole life. Most devices have no such thing.
+    fn lacks(&self) -> u64 {
+        0
+    }
+
     /// The most descriptors of each queue: powers of two up to 32768. The same for the device's whole life.
     fn queue_sizes(&self) -> Vec<u16>;
 

@@ -241,7 +241,7 @@ impl<D: VirtioDevice> VirtioMmio<D> {
     }
 
     pub(super) fn offered_features(&self) -> u64 {
-        self.device.features() | TRANSPORT_FEATURES
+        self.device.features() | TRANSPORT_FEATURES & !self.device.lacks()
     }
 
     /// The status as the driver reads it.

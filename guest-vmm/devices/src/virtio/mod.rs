@@ -10,7 +10,8 @@
 //!   at which the device reports that it needs a reset
 //! - [`VirtioMmio`] is the transport; a [`VirtioSpec`] is a device on its way into a machine
 //! - [`block`] is a disk; [`rate_limit`] bounds what a device does
-//! - `fake_driver`, a feature, is a guest's side of a device, for tests, fuzzing and benchmarks
+//! - `fake_driver`, a feature, is a guest's side of a device, for tests, fuzzing and benchmarks; `fake_back_end` another process that
+//!   serves a network device by vhost-user
 //!
 //! Limits: split queues (the queue library has no packed ones); no shared memory regions; a queue keeps its buffers until the whole
 //! device is reset.
@@ -36,6 +37,8 @@ mod saved;
 mod tests;
 pub mod vsock;
 
+#[cfg(any(test, feature = "fake-back-end"))]
+pub mod fake_back_end;
 #[cfg(any(test, feature = "fake-driver"))]
 pub mod fake_driver;
 

@@ -13,8 +13,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 /// How many chains a queue hands out before its worker lets others run: a driver that never pauses holds up nobody.
 const BUDGET: u32 = 64;
 
-/// The device area (VIRTIO 1.3, 2.7.8): flags, the index, the elements. And where the driver area's elements begin (2.7.6).
-const USED_INDEX: u64 = 2;
+/// The device area (VIRTIO 1.3, 2.7.8): flags, the index, the elements. And where the driver area's elements begin (2.7.6), which has its
+/// index in the same place.
+const AREA_INDEX: u64 = 2;
 const USED_HEADER: u64 = 4;
 const USED_ELEMENT: u64 = 8;
 const AVAILABLE_HEADER: u64 = 4;
@@ -221,7 +222,7 @@ impl VirtQueue {
             self.memory.write_obj(element, at).map_err(|error| self.memory_fault(error))?;
             (self.out, next) = (self.out - 1, next.wrapping_add(1));
         }
-        let index = GuestAddress(self.queue.used_ring() + USED_INDEX);
+        let index = GuestAddress(self.queue.used_ring() + AREA_INDEX);
         let stored = self.memory.store(next.to_le(), index, Ordering::Release);
         stored.map_err(|error| self.memory_fault(error))?;
         self.queue.set_next_used(next);
@@ -279,6 +280,30 @@ impl VirtQueue {
     fn load(&self, address: GuestAddress) -> Result<u16, Error> {
         let value = self.memory.load::<u16>(address, Ordering::Relaxed);
         Ok(u16::from_le(value.map_err(Error::GuestMemory)?))
+    }
+
+    /// Its doorbell, for another process that serves it.
+    pub(super) fn bell(&self) -> Arc<EventFd> {
+        self.bell.get_ref().clone()
+    }
+
+    /// The used and the available index as they are in memory: another process may serve the queue.
+    ///
+    /// # Errors
+    /// If the queue is no longer where it was.
+    pub(super) fn indices(&self) -> Result<(u16, u16), QueueFault> {
+        let index = |area: u64| {
+            let index = self.load(GuestAddress(area + AREA_INDEX));
+            index.map_err(|error| ring_fault(self.index, &error))
+        };
+        Ok((index(self.queue.used_ring())?, index(self.queue.avail_ring())?))
+    }
+
+    /// Goes on from where another process has left it: chains were taken up to the available index `next`, and given back up to `used`.
+    pub(super) fn resume(&mut self, next: u16, used: u16) {
+        self.queue.set_next_avail(next);
+        self.queue.set_next_used(used);
+        self.signalled = used;
     }
 
     /// Where it stands, for whoever serves it next.

@@ -2,10 +2,11 @@
 
 use super::{Buffer, Segment};
 use crate::virtio::GuestRam;
+use rustix::fs::MemfdFlags;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// How much memory there is, from address 0.
 pub const RAM_BYTES: u64 = 32 << 20;
@@ -28,7 +29,12 @@ pub struct FakeRam {
 impl FakeRam {
     pub(super) fn new() -> Self {
         let bytes = usize::try_from(RAM_BYTES).expect("fits");
-        let view = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).expect("memory");
+        // A file, as a machine's memory is one: back ends in other processes map it.
+        let file = rustix::fs::memfd_create("fake-ram", MemfdFlags::CLOEXEC).expect("a memfd");
+        rustix::fs::ftruncate(&file, RAM_BYTES).expect("a memfd of this size");
+        let file = FileOffset::new(file.into(), 0);
+        let ranges = [(GuestAddress(0), bytes, Some(file))];
+        let view = GuestMemoryMmap::from_ranges_with_files(ranges).expect("memory");
         Self { view, used: Mutex::default(), discarded: Mutex::default() }
     }
 

@@ -20,6 +20,8 @@ const CONTROL_SIZE: u16 = 64;
 #[derive(Debug)]
 pub struct NetDevice {
     pub(super) features: u64,
+    /// What of the transport's features the back end cannot do.
+    pub(super) lacks: u64,
     /// How many queue pairs there are.
     pub(super) pairs: u16,
     pub(super) mtu: Option<u16>,
@@ -52,6 +54,10 @@ impl VirtioDevice for NetDevice {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn lacks(&self) -> u64 {
+        self.lacks
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

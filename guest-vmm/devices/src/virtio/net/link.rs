@@ -3,6 +3,7 @@
 use crate::virtio::Interrupt;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
 
 /// What happened to a link by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +23,7 @@ struct Inner {
     state: Mutex<State>,
     interrupt: Arc<Interrupt>,
     watcher: Option<LinkWatcher>,
+    switched: Notify,
 }
 
 #[derive(Debug, Clone)]
@@ -41,7 +43,8 @@ impl fmt::Debug for Link {
 impl Link {
     /// A link that is up.
     pub(super) fn new(interrupt: Arc<Interrupt>, watcher: Option<LinkWatcher>) -> Self {
-        Self(Arc::new(Inner { state: Mutex::new(State { enabled: true, gone: None }), interrupt, watcher }))
+        let (state, switched) = (Mutex::new(State { enabled: true, gone: None }), Notify::new());
+        Self(Arc::new(Inner { state, interrupt, watcher, switched }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -64,7 +67,13 @@ impl Link {
         let was = std::mem::replace(&mut self.state().enabled, enabled);
         if was != enabled {
             self.0.interrupt.config_changed();
+            self.0.switched.notify_one();
         }
+    }
+
+    /// Waits until it was switched since this was waited for last. For one who waits; may be cancelled at any time.
+    pub(super) async fn switched(&self) {
+        self.0.switched.notified().await;
     }
 
     /// Why there is no back end, if there is none.

@@ -1,7 +1,7 @@
 //! The network device (VIRTIO 1.3, 5.1).
 //!
-//! - [`Net::spec`] makes one of a [`NetSpec`], over a [`NetBackend`]: a [`Tap`] device, or a Unix stream socket in the framing of QEMU
-//!   and passt
+//! - [`Net::spec`] makes one of a [`NetSpec`], over a [`NetBackend`]: a [`Tap`] device, a Unix stream socket in the framing of QEMU and
+//!   passt, or a [`VhostUser`] back end, which serves the queues itself
 //! - [`Link`] is the host's end of it: switches it off and on, and says whether the back end is there
 //! - queue pairs, each with a port of the back end: `receive` and `room`, `transmit`; `control` answers the control queue
 //! - `allowance` holds frames back that are more than the rate limits let pass
@@ -11,7 +11,7 @@
 //! is gone takes the link down for good. Only what the back end can do is offered: a stream has no offloads.
 //!
 //! Limits: no receive filters (every frame that the back end has goes to the driver), no VLAN filters, no RSS, no UDP segmentation;
-//! all queues share the I/O thread, so several pairs spread the guest's work, not the host's.
+//! all queues share the I/O thread, so several pairs spread the guest's work, not the host's, unless a vhost-user back end serves them.
 
 mod allowance;
 mod control;
@@ -27,6 +27,7 @@ mod stream;
 mod tap;
 mod transmit;
 mod vectored;
+mod vhost_user;
 mod worker;
 
 #[cfg(test)]
@@ -36,12 +37,12 @@ pub use device::NetDevice;
 pub use link::{Link, LinkEvent, LinkWatcher};
 pub use shared::MacAddress;
 pub use tap::{Tap, TapError};
+pub use vhost_user::{VhostUser, VhostUserError};
 pub use worker::NetWorker;
 
 use super::rate_limit::RateLimits;
 use super::{Interrupt, VirtioSpec};
 use allowance::Limiters;
-use port::Port;
 use shared::Shared;
 use std::fmt;
 use std::io;
@@ -51,6 +52,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
+use worker::Frames;
 
 /// The most queue pairs that a device has.
 pub const MAX_QUEUE_PAIRS: usize = 16;
@@ -74,6 +76,8 @@ pub enum NetBackend {
     Tap(Vec<Tap>),
     /// A connected Unix stream socket: frames with their length before them, 32 bits, big endian.
     Stream(OwnedFd),
+    /// A vhost-user back end. The rates do not hold for it.
+    VhostUser(VhostUser),
 }
 
 /// What a network device is made of.
@@ -115,28 +119,44 @@ impl Net {
     /// If the back end's descriptor cannot be made non-blocking.
     pub fn spec(name: impl Into<String>, spec: NetSpec) -> io::Result<(VirtioSpec, Link)> {
         let NetSpec { mac, mtu, backend, rates, watcher } = spec;
-        let (ports, offloads) = ports(backend)?;
-        let pairs = u16::try_from(ports.len()).map_err(io::Error::other)?;
+        let Served { frames, pairs, features, lacks } = served(backend)?;
         let interrupt = Arc::new(Interrupt::default());
         let link = Link::new(interrupt.clone(), watcher);
         let limiters = Limiters::new(&rates);
         let shared = Arc::new(Shared::new(link.clone(), mac, rates));
         let several = if pairs > 1 { 1 << VIRTIO_NET_F_MQ } else { 0 };
         let told = if mtu.is_some() { 1 << VIRTIO_NET_F_MTU } else { 0 };
-        let features = OWN_FEATURES | offloads | several | told;
-        let worker = NetWorker { ports, mtu, limiters, shared: shared.clone() };
-        let device = NetDevice { features, pairs, mtu, mac, shared };
+        let features = features | several | told;
+        let worker = NetWorker { frames, mtu, limiters, shared: shared.clone() };
+        let device = NetDevice { features, lacks, pairs, mtu, mac, shared };
         Ok((VirtioSpec::new(name, device, worker, interrupt), link))
     }
 }
 
-/// A back end's ports, and what it can do for a driver.
-fn ports(backend: NetBackend) -> io::Result<(Vec<Port>, u64)> {
-    match backend {
+/// A back end as worker and registers have it.
+struct Served {
+    frames: Frames,
+    /// How many queue pairs there are.
+    pairs: u16,
+    /// What the device can do for a driver, and what the transport cannot.
+    features: u64,
+    lacks: u64,
+}
+
+fn served(backend: NetBackend) -> io::Result<Served> {
+    let (ports, offloads) = match backend {
         NetBackend::Tap(queues) => {
-            let features = queues.iter().map(Tap::features).fold(u64::MAX, |all, each| all & each);
-            Ok((queues.into_iter().map(Tap::into_port).collect(), features))
+            let offloads = queues.iter().map(Tap::features).fold(u64::MAX, |all, each| all & each);
+            (queues.into_iter().map(Tap::into_port).collect(), offloads)
         }
-        NetBackend::Stream(socket) => Ok((vec![stream::port(socket)?], 0)),
-    }
+        NetBackend::Stream(socket) => (vec![stream::port(socket)?], 0),
+        NetBackend::VhostUser(backend) => {
+            // Frames are merged by who writes them.
+            let features = OWN_FEATURES & !(1 << VIRTIO_NET_F_MRG_RXBUF) | backend.features();
+            let (pairs, lacks) = (backend.pairs, backend.lacks());
+            return Ok(Served { frames: Frames::VhostUser(backend), pairs, features, lacks });
+        }
+    };
+    let pairs = u16::try_from(ports.len()).map_err(io::Error::other)?;
+    Ok(Served { frames: Frames::Ports(ports), pairs, features: OWN_FEATURES | offloads, lacks: 0 })
 }

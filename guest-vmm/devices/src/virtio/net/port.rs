@@ -202,6 +202,13 @@ pub(super) fn uninterrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::
 }
 
 impl Port {
+    /// One whose back end is gone.
+    pub(super) fn lost() -> Self {
+        let incoming = Incoming::Stream(StreamIncoming::default());
+        let outgoing = Outgoing::Stream(StreamOutgoing::default());
+        Self { descriptor: Descriptor::Lost, incoming, outgoing }
+    }
+
     /// Makes it ready for a driver that has accepted these features. On the I/O thread.
     pub(super) fn prepare(&mut self, features: u64) -> io::Result<()> {
         self.descriptor.watch()?;

@@ -6,6 +6,7 @@ mod hostile;
 mod limits;
 mod link;
 mod state;
+mod vhost_user;
 
 use super::header::HEADER_BYTES;
 use super::{Link, LinkEvent, Net, NetBackend, NetSpec, Tap};
