@@ -103,6 +103,10 @@ fn place(
     ioapic: &Arc<Mutex<IoApic>>,
     places: &mut Places,
 ) -> Result<Placed, PlaceError> {
+    if spec.shares_memory() {
+        let unshared = |source| PlaceError::Host { what: "memory that can be shared", source };
+        host.ram.share().map_err(unshared)?;
+    }
     let (base, pin) = (places.window()?, places.pin()?);
     let doorbells = doorbells(base, spec.queue_count(), partition)?;
     let place = MmioPlace { line: line(pin, partition, ioapic)?, doorbells };

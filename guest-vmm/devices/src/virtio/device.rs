@@ -71,6 +71,11 @@ pub trait VirtioDevice: InspectMut + Send + 'static {
         0
     }
 
+    /// Whether another process has the guest's memory: somebody else who serves the queues. The same for the device's whole life.
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     /// The most descriptors of each queue: powers of two up to 32768. The same for the device's whole life.
     fn queue_sizes(&self) -> Vec<u16>;
 
@@ -202,6 +207,7 @@ pub struct VirtioSpec {
     /// The name of its state unit: unique in the machine.
     pub name: String,
     queue_count: usize,
+    shares_memory: bool,
     build: Box<Build>,
 }
 
@@ -219,18 +225,23 @@ impl VirtioSpec {
         worker: D::Worker,
         interrupt: Arc<Interrupt>,
     ) -> Self {
-        let queue_count = device.queue_sizes().len();
+        let (queue_count, shares_memory) = (device.queue_sizes().len(), device.shares_memory());
         let name = name.into();
         let log_name = name.clone();
         let build = move |host, place| -> Arc<Mutex<dyn Device>> {
             Arc::new(Mutex::new(VirtioMmio::new(log_name, device, worker, interrupt, host, place)))
         };
-        Self { name, queue_count, build: Box::new(build) }
+        Self { name, queue_count, shares_memory, build: Box::new(build) }
     }
 
     /// How many queues it has, and so doorbells.
     pub fn queue_count(&self) -> usize {
         self.queue_count
+    }
+
+    /// Whether memory has to be shared ([`GuestRam::share`]) before the guest runs.
+    pub fn shares_memory(&self) -> bool {
+        self.shares_memory
     }
 
     /// The device, at a place of a machine, stopped.

@@ -16,7 +16,7 @@ pub trait GuestRam: Send + Sync {
     fn discard(&self, start: GuestAddress, bytes: u64) -> io::Result<()>;
 
     /// All of it for another process, too: each region of this view names the file and the offset in it where the region lies. From
-    /// now on memory is in this file for as long as it lives. A clone must not outlive the `GuestRam`. The VPs must not run.
+    /// now on memory is in this file for as long as it lives. A clone must not outlive the `GuestRam`. The first time, the VPs must not run.
     ///
     /// # Errors
     /// If the host has no room for a copy of memory that was in no such file; [`io::ErrorKind::Unsupported`] if it cannot be shared.

@@ -1,10 +1,11 @@
 //! Guests that are stopped in the middle of something, and go on in another machine.
 //!
-//! Memory has no saved state yet: its unit is taken out of a set that is saved, and its frozen image is restored.
+//! Where no more than a unit's state is looked at, a machine that was built anew takes memory and states over.
 
 use super::*;
 use devices::GenericEvent;
 use guest_saved_state::devices::generic_event::GenericEventState;
+use guest_saved_state::machine::memory::MemoryState;
 use guest_saved_state::processor::partition::{IrqRoute, IrqRoutes, PartitionState, Time};
 use guest_saved_state::processor::{partition, vp};
 use kvm::KvmHypervisor;
@@ -32,7 +33,7 @@ pub(super) struct Bench {
 }
 
 impl Bench {
-    async fn new<H>(hypervisor: H, vps: u32, kernel: &[u8]) -> Self
+    async fn new<H>(hypervisor: H, vps: u32, kernel: &[u8], image: Option<MemoryImage>) -> Self
     where
         H: Hypervisor + Send + 'static,
         H::Binder: Send + 'static,
@@ -40,7 +41,7 @@ impl Bench {
         let mut file = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(kernel).unwrap();
         let boot = BootFiles { kernel: file, initrd: None, cmdline: String::new() };
-        let config = MachineConfig::new(vps, MEMORY, boot);
+        let config = MachineConfig { image, ..MachineConfig::new(vps, MEMORY, boot) };
         let (send, output) = mpsc::unbounded_channel();
         let sink: Arc<dyn ByteSink> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
         let (halts, _) = mpsc::unbounded_channel();
@@ -49,12 +50,25 @@ impl Bench {
     }
 
     pub async fn scripted(vps: u32, script: &Script) -> Self {
-        Self::new(ScriptedHypervisor::default(), vps, &script.to_elf()).await
+        Self::new(ScriptedHypervisor::default(), vps, &script.to_elf(), None).await
     }
 
     async fn builtin(vps: u32) -> Self {
+        Self::builtin_with(vps, None).await
+    }
+
+    async fn builtin_with(vps: u32, image: Option<MemoryImage>) -> Self {
         let kvm = KvmHypervisor::open().unwrap_or_else(|error| panic!("no KVM: {error}"));
-        Self::new(kvm, vps, builtin_guest::IMAGE).await
+        Self::new(kvm, vps, builtin_guest::IMAGE, image).await
+    }
+
+    /// Another guest that goes on from where this one is.
+    async fn fork(&self) -> Self {
+        let MachineSnapshot { states, memory } = self.machine.snapshot().await.unwrap();
+        let image = memory.seal().unwrap().image;
+        let fork = Self::builtin_with(1, Some(image)).await;
+        fork.machine.restore(states).await.unwrap();
+        fork
     }
 
     pub async fn start(&self) {
@@ -65,9 +79,7 @@ impl Bench {
         self.machine.pause().await.unwrap();
     }
 
-    /// The state of every unit but that of the memory, which is in the set no longer.
-    pub async fn save(&mut self) -> Vec<SavedStateUnit> {
-        self.machine.handles.retain(|unit| unit.name() != "memory");
+    pub async fn save(&self) -> Vec<SavedStateUnit> {
         self.machine.units.save().await.unwrap()
     }
 
@@ -391,7 +403,7 @@ proptest! {
 
     /// Entries come in any order; the units are restored in theirs.
     #[test]
-    fn the_order_of_the_entries_does_not_matter(order in Just((0..10usize).collect::<Vec<_>>()).prop_shuffle()) {
+    fn the_order_of_the_entries_does_not_matter(order in Just((0..11usize).collect::<Vec<_>>()).prop_shuffle()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
             let mut original = stopped_in_three_ways().await;
@@ -455,10 +467,7 @@ mod on_kvm {
             }
             original.stop().await;
             burst.extend(original.rest());
-            let states = original.save().await;
-            let new = Bench::builtin(1).await;
-            new.take_over(&original, states).await;
-            guests.push((burst.clone(), new));
+            guests.push((burst.clone(), original.fork().await));
             original.start().await;
         }
         for (_, fork) in &guests {
@@ -469,14 +478,44 @@ mod on_kvm {
         for (mut burst, mut guest) in guests {
             burst.extend(guest.expect("burst done\n").await.into_bytes());
             assert_eq!(String::from_utf8(burst).unwrap(), lines.clone() + "burst done\n");
-            if guest.machine.unit("memory").is_some() {
-                guest.stop().await;
-                guest.machine.reset().await.unwrap();
-                guest.start().await;
-                guest.expect("READY\n").await;
-            }
+            guest.stop().await;
+            guest.machine.reset().await.unwrap();
+            guest.start().await;
+            guest.expect("READY\n").await;
             guest.end().await;
         }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_runs_goes_on_by_itself_after_its_snapshot() {
+        let mut original = Bench::builtin(1).await;
+        original.start().await;
+        original.expect("READY\n").await;
+        let mut fork = original.fork().await;
+        assert!(original.machine.units.is_running() && !fork.machine.units.is_running());
+        fork.start().await;
+        let mut grandchild = fork.fork().await;
+        grandchild.start().await;
+        for guest in [&mut original, &mut fork, &mut grandchild] {
+            guest.type_in("vps\n");
+            guest.expect("vps 1\n").await;
+        }
+        for bench in [original, fork, grandchild] {
+            bench.end().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn memory_of_another_size_is_refused_by_name() {
+        let (original, other) = (Bench::builtin(1).await, Bench::builtin(1).await);
+        let mut states = original.save().await;
+        let memory = states.iter_mut().find(|state| state.name == "memory").unwrap();
+        let state = MemoryState { bytes: MEMORY - 4096, hotplug_start: 0, hotplug_end: 0 };
+        memory.state = Some(SavedStateBlob::new(&state));
+        let refused = format!("{:?}", other.machine.restore(states).await.unwrap_err());
+        assert!(refused.contains("memory") && refused.contains("bytes"), "{refused}");
+        original.end().await;
+        other.end().await;
     }
 
     /// One VP halted by an idle guest, one waiting for SIPI, and a line of input with its interrupt on the way. Later one
@@ -520,7 +559,7 @@ mod on_kvm {
     /// What was sent to a VP while it was stopped, and KVM was not told yet.
     #[tokio::test]
     async fn an_nmi_that_was_sent_to_a_stopped_vp_is_saved() {
-        let mut original = Bench::builtin(1).await;
+        let original = Bench::builtin(1).await;
         let pending = |states: &[SavedStateUnit]| {
             let state: vp::VpSetState = state_of(states, VPS);
             state.vps[0].events.expect("KVM has them").nmis_pending

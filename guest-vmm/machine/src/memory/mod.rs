@@ -42,7 +42,7 @@ use shape::Shape;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
@@ -79,6 +79,8 @@ pub struct GuestMemory {
     regions: Mutex<Vec<Arc<MmapRegion>>>,
     /// `None` only while dropping.
     view: Option<GuestMemoryMmap>,
+    /// The view of whoever shares it, once it is shared.
+    shared_view: OnceLock<GuestMemoryMmap>,
 }
 
 impl GuestMemory {
@@ -209,7 +211,8 @@ impl GuestMemory {
         }
         let (pagemap, backing) = (pagemap.ok(), backing.into());
         let regions = Mutex::default();
-        let mut memory = Self { mapping, shape, backing, pagemap, regions, view: None };
+        let shared_view = OnceLock::new();
+        let mut memory = Self { mapping, shape, backing, pagemap, regions, view: None, shared_view };
         memory.view = Some(memory.make_view(None));
         memory
     }
@@ -271,14 +274,18 @@ impl GuestRam for GuestMemory {
     }
 
     fn share(&self) -> io::Result<GuestMemoryMmap> {
-        let file = self.backing().give_away(&self.mapping, self.pagemap.as_ref())?;
-        Ok(self.make_view(Some(&file)))
+        let mut backing = self.backing();
+        if let Some(view) = self.shared_view.get() {
+            return Ok(view.clone());
+        }
+        let file = backing.give_away(&self.mapping, self.pagemap.as_ref())?;
+        Ok(self.shared_view.get_or_init(|| self.make_view(Some(&file))).clone())
     }
 }
 
 impl Drop for GuestMemory {
     fn drop(&mut self) {
-        self.view = None;
+        (self.view, self.shared_view) = (None, OnceLock::new());
         let regions = self.regions.get_mut().unwrap_or_else(PoisonError::into_inner);
         if regions.iter().any(|region| Arc::strong_count(region) > 1) {
             self.mapping.keep();

@@ -124,4 +124,8 @@ impl GuestRam for FakeRam {
         self.discarded.lock().unwrap_or_else(PoisonError::into_inner).push((start.0, bytes));
         Ok(())
     }
+
+    fn share(&self) -> io::Result<GuestMemoryMmap> {
+        Ok(self.view.clone())
+    }
 }

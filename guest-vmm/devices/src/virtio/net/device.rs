@@ -22,6 +22,8 @@ pub struct NetDevice {
     pub(super) features: u64,
     /// What of the transport's features the back end cannot do.
     pub(super) lacks: u64,
+    /// Another process serves the queues.
+    pub(super) is_served_elsewhere: bool,
     /// How many queue pairs there are.
     pub(super) pairs: u16,
     pub(super) mtu: Option<u16>,
@@ -58,6 +60,10 @@ impl VirtioDevice for NetDevice {
 
     fn lacks(&self) -> u64 {
         self.lacks
+    }
+
+    fn shares_memory(&self) -> bool {
+        self.is_served_elsewhere
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

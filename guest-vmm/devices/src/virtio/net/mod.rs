@@ -127,8 +127,9 @@ impl Net {
         let several = if pairs > 1 { 1 << VIRTIO_NET_F_MQ } else { 0 };
         let told = if mtu.is_some() { 1 << VIRTIO_NET_F_MTU } else { 0 };
         let features = features | several | told;
+        let is_served_elsewhere = matches!(frames, Frames::VhostUser(_));
         let worker = NetWorker { frames, mtu, limiters, shared: shared.clone() };
-        let device = NetDevice { features, lacks, pairs, mtu, mac, shared };
+        let device = NetDevice { features, lacks, is_served_elsewhere, pairs, mtu, mac, shared };
         Ok((VirtioSpec::new(name, device, worker, interrupt), link))
     }
 }

@@ -55,7 +55,7 @@ struct Finished {
 impl VhostUserSession<'_> {
     /// Lends the queues to the back end until it is to stop, and takes them back. In between it answers the control queue.
     pub(in crate::virtio::net) async fn run(self, session: &mut Session) -> Result<Ended, DeviceFault> {
-        let Session { queues, memory, features, stop, interrupt, .. } = session;
+        let Session { queues, memory, ram, features, stop, interrupt, .. } = session;
         let features = *features;
         let most = if accepted(features, VIRTIO_NET_F_MQ) { usize::from(self.backend.pairs) } else { 1 };
         let (data, control) = queues.split_at_mut(2 * most);
@@ -68,7 +68,11 @@ impl VhostUserSession<'_> {
             Ok(lent) => lent,
             Err(error) => return self.lose(data, &error, interrupt),
         };
-        match self.serve(&lent, commands, stop, interrupt).await {
+        let memory = match ram.share() {
+            Ok(memory) => memory,
+            Err(error) => return self.lose(data, &VhostUserError::Host(error), interrupt),
+        };
+        match self.serve(&lent, &memory, commands, stop, interrupt).await {
             Ok(Finished { next, fault }) => match take_back(data, &lent, &next)? {
                 Some(error) => self.lose(data, &error, interrupt),
                 None => fault.map_or(Ok(Ended::Stopped), Err),
@@ -81,12 +85,13 @@ impl VhostUserSession<'_> {
     async fn serve(
         &self,
         lent: &[Lent],
+        memory: &GuestMemoryMmap,
         mut commands: Commands<'_>,
         stop: &mut Stop,
         interrupt: &Interrupt,
     ) -> Result<Finished, VhostUserError> {
         let calls = Calls::of(lent)?;
-        self.backend.begin(commands.features, commands.memory, lent.to_vec(), self.enabled()).await?;
+        self.backend.begin(commands.features, memory, lent.to_vec(), self.enabled()).await?;
         let fault = {
             let (mut relay, mut closed) = (pin!(calls.relay(interrupt)), pin!(self.backend.closed()));
             loop {
