@@ -58,6 +58,8 @@ pub enum Request {
     Resume,
     /// Reset the guest.
     Reset,
+    /// Keep the guest as it is at this moment.
+    Snapshot,
     /// Let a client's unit join the guest's.
     AddUnit,
 }
@@ -113,7 +115,7 @@ pub enum Verdict {
 /// The table. Rows are phases, columns are requests.
 pub fn admit(phase: Phase, request: Request) -> Verdict {
     use Phase::{Changing, Created, Creating, Empty, Faulted, Paused, Running, Stopping};
-    use Request::{AddUnit, Bind, Create, Pause, Reset, Resume, Run, Stop};
+    use Request::{AddUnit, Bind, Create, Pause, Reset, Resume, Run, Snapshot, Stop};
     use Verdict::{Act, Cancel, Done, Join, Refuse, Replace, Wait};
     match (phase, request) {
         (Creating, Stop) => Cancel,
@@ -129,15 +131,15 @@ pub fn admit(phase: Phase, request: Request) -> Verdict {
         (Created | Running | Paused | Changing | Faulted, Bind) => Act,
 
         (Empty, Stop) => Done,
-        (Changing, Stop | Pause | Resume | Reset | AddUnit) => Wait,
+        (Changing, Stop | Pause | Resume | Reset | Snapshot | AddUnit) => Wait,
         (Created | Running | Paused | Faulted, Stop) => Act,
 
         (Created | Running | Paused, AddUnit) => Act,
-        (Faulted, Pause | Resume | Reset | AddUnit) => Refuse(Refusal::Faulted),
-        (Running, Pause | Reset) | (Paused, Resume | Reset) => Act,
+        (Faulted, Pause | Resume | Reset | Snapshot | AddUnit) => Refuse(Refusal::Faulted),
+        (Running, Pause | Reset | Snapshot) | (Paused, Resume | Reset | Snapshot) => Act,
         (Paused, Pause) => Done,
         (Running, Resume) => Refuse(Refusal::NotRunning("the guest is not paused")),
-        (Empty | Stopping, AddUnit) | (Empty | Created | Stopping, Pause | Resume | Reset) => {
+        (Empty | Stopping, AddUnit) | (Empty | Created | Stopping, Pause | Resume | Reset | Snapshot) => {
             Refuse(Refusal::NotRunning("the guest does not run"))
         }
     }
@@ -201,9 +203,9 @@ mod tests {
     }
 
     #[test]
-    fn pause_resume_and_reset_need_a_guest_that_runs_or_is_paused() {
+    fn pause_resume_reset_and_snapshot_need_a_guest_that_runs_or_is_paused() {
         for phase in PHASES {
-            for request in [Request::Pause, Request::Resume, Request::Reset] {
+            for request in [Request::Pause, Request::Resume, Request::Reset, Request::Snapshot] {
                 let allowed = matches!(admit(phase, request), Verdict::Act | Verdict::Done);
                 let fits = match phase {
                     Phase::Running => request != Request::Resume,
@@ -249,10 +251,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_asked_stop_leads_to_empty_and_create_to_a_guest(requests in prop::collection::vec(0usize..8, 0..40)) {
+        fn whatever_is_asked_stop_leads_to_empty_and_create_to_a_guest(requests in prop::collection::vec(0usize..9, 0..40)) {
             let all = [
                 Request::Create, Request::Bind, Request::Run, Request::Stop, Request::Pause, Request::Resume, Request::Reset,
-                Request::AddUnit,
+                Request::Snapshot, Request::AddUnit,
             ];
             let mut phase = Phase::Empty;
             for request in requests.into_iter().map(|index| all[index]) {

@@ -9,6 +9,7 @@ use crate::config::RequestedGuest;
 use crate::guest::{Guest, Milestone};
 use crate::log::LogFilter;
 use crate::platform::{Host, Platform};
+use crate::snapshot::TakenSnapshot;
 use crate::vm::{Cancel, Vm, cancelled};
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
@@ -35,6 +36,7 @@ pub(crate) enum Command {
     Pause(Reply<()>),
     Resume(Reply<()>),
     Reset(Reply<()>),
+    Snapshot(Reply<TakenSnapshot>),
     AddUnit(Box<UnitConfig>, Reply<()>),
     /// As stop; the driver then ends.
     End(&'static str, Reply<()>),
@@ -50,6 +52,7 @@ impl Command {
             Self::Pause(_) => Request::Pause,
             Self::Resume(_) => Request::Resume,
             Self::Reset(_) => Request::Reset,
+            Self::Snapshot(_) => Request::Snapshot,
             Self::AddUnit(..) => Request::AddUnit,
         }
     }
@@ -57,6 +60,7 @@ impl Command {
     fn refuse(self, failure: Failure) {
         let unheard = match self {
             Self::Bind(reply) => reply.send(Err(failure)).is_err(),
+            Self::Snapshot(reply) => reply.send(Err(failure)).is_err(),
             Self::Create(_, reply)
             | Self::AddUnit(_, reply)
             | Self::Run(reply)
@@ -98,13 +102,13 @@ impl DriverHandle {
     }
 
     /// The same for one guest: once it has ended, a stop is ok and everything else is refused.
-    pub fn ask_of<C>(
+    pub fn ask_of<T, C>(
         &self,
         guest: &Rc<Guest>,
         command: C,
-    ) -> impl Future<Output = Result<(), Failure>> + use<C>
+    ) -> impl Future<Output = Result<T, Failure>> + use<T, C>
     where
-        C: FnOnce(Reply<()>) -> Command,
+        C: FnOnce(Reply<T>) -> Command,
     {
         self.send(Some(guest.clone()), command)
     }
@@ -164,6 +168,7 @@ enum Done {
     Resumed(Vm, Result<(), Failure>),
     UnitStarted(Vm, Result<(), Failure>),
     Reset { vm: Vm, running: bool, result: Result<(), Failure> },
+    Snapshot { vm: Vm, before: Phase, reply: Reply<TakenSnapshot>, result: Result<TakenSnapshot, Failure> },
     Destroyed(Result<(), Failure>),
 }
 
@@ -390,6 +395,13 @@ impl Driver {
                 self.asked = Some(reply);
                 self.reset();
             }
+            Command::Snapshot(reply) => {
+                let before = self.phase;
+                self.change(|vm| async move {
+                    let result = vm.snapshot().await;
+                    Done::Snapshot { vm, before, reply, result }
+                });
+            }
             Command::AddUnit(unit, reply) => self.add_unit(*unit, reply),
         }
     }
@@ -533,6 +545,11 @@ impl Driver {
                 self.changed(vm, phase, result);
             }
             Done::Reset { vm, running, result } => self.reset_done(vm, running, result),
+            Done::Snapshot { vm, before, reply, result } => {
+                let phase = if vm.is_faulted() { Phase::Faulted } else { before };
+                self.changed(vm, phase, Ok(()));
+                answer(reply, result);
+            }
             Done::Destroyed(result) => self.destroyed(&result),
         }
     }

@@ -56,6 +56,7 @@ pub(crate) struct Vm {
     client_units: ClientUnits,
     halts: mpsc::UnboundedReceiver<Halt>,
     guest: Rc<Guest>,
+    origin: Origin,
 }
 
 impl Vm {
@@ -76,15 +77,22 @@ impl Vm {
             devices::requested(&requested.config, backends, cancel).await?;
         let mut told = Told { outputs, ..Told::default() };
         let serial = told.outputs.add(GuestPort::Serial);
+        let restored = requested.restored.take();
+        let guest_config = requested.config.clone();
         let config = tokio::select! {
             config = machine_config(requested, &told) => MachineConfig { devices: specs, hotplug, ..config? },
             () = cancel.cancelled() => return Err(cancelled()),
         };
+        let BootFiles { kernel, initrd, .. } = &config.boot;
+        let origin = Origin::new(&guest_config, kernel, initrd.as_ref());
+        let origin = origin.map_err(|error| initialization(&error))?;
+        let (states, image) = restored.map(|restored| (restored.units, restored.image)).unzip();
+        let config = MachineConfig { image, ..config };
         let (sender, halts) = mpsc::unbounded_channel();
         let flag = cancel.clone();
         let built = host.build(config, serial, sender, move || flag.is_cancelled()).await;
         let machine = built.map_err(|error| build_failure(&error))?;
-        let client_units = match ClientUnits::join(&machine, units) {
+        let client_units = match go_on(&machine, units, states).await {
             Ok(joined) => joined,
             Err(failure) => {
                 machine.destroy().await;
@@ -96,7 +104,7 @@ impl Vm {
         spawn_local(async move { telling.tell_of_panics().await });
         let events = guest.events().clone();
         spawn_local(async move { events.device_errors(errors).await });
-        Ok(Self { machine, client_units, halts, guest })
+        Ok(Self { machine, client_units, halts, guest, origin })
     }
 
     pub fn guest(&self) -> &Rc<Guest> {
@@ -129,6 +137,19 @@ impl Vm {
     pub async fn resume(&self) -> Result<(), Failure> {
         let failed = |error| transition_failure("resume", &error, self.is_faulted());
         told(&self.guest, "resume", async { self.machine.start().await.map_err(failed) }).await
+    }
+
+    /// Takes a snapshot. The guest goes on if it runs, also if there is none.
+    pub async fn snapshot(&self) -> Result<TakenSnapshot, Failure> {
+        let begun = Instant::now();
+        let taken = self.machine.snapshot().await;
+        let taken = taken.map_err(|error| snapshot_failure(&error, self.is_faulted())).and_then(|taken| {
+            let MachineSnapshot { states, memory } = taken;
+            self.origin.snapshot(states, memory).map_err(|error| initialization(&error))
+        });
+        let told = taken.as_ref().map(drop).map_err(Failure::clone);
+        self.guest.events().transition("snapshot", begun.elapsed(), &told);
+        taken
     }
 
     /// Adds a client's unit, stopped.
@@ -183,9 +204,41 @@ impl Vm {
     }
 
     pub async fn destroy(self) {
-        let Self { machine, client_units, halts: _, guest: _ } = self;
+        let Self { machine, client_units, halts: _, guest: _, origin: _ } = self;
         drop(client_units);
         machine.destroy().await;
+    }
+}
+
+/// Lets clients' units join the machine, and gives all units their states, if it goes on from some.
+async fn go_on(
+    machine: &Machine,
+    units: Vec<UnitConfig>,
+    states: Option<Vec<SavedStateUnit>>,
+) -> Result<ClientUnits, Failure> {
+    let joined = ClientUnits::join(machine, units)?;
+    if let Some(states) = states {
+        machine.restore(states).await.map_err(|error| incompatible(&error))?;
+    }
+    Ok(joined)
+}
+
+/// The units that are here are not those of the snapshot, or cannot be in their states.
+fn incompatible(error: &StateTransitionError) -> Failure {
+    let (units, _) = units_of(error);
+    Failure::new(GuestError::SnapshotIncompatible, chain(error)).of_units(units)
+}
+
+fn snapshot_failure(error: &SnapshotError, faulted: bool) -> Failure {
+    match error {
+        SnapshotError::Refused(units) => {
+            let names = units.iter().map(|(unit, _)| unit.clone()).collect();
+            Failure::new(GuestError::SnapshotNotSupported, error.to_string()).of_units(names)
+        }
+        SnapshotError::Transition(error) => transition_failure("snapshot", error, faulted),
+        SnapshotError::Freeze(_) | SnapshotError::Panicked => {
+            Failure::new(GuestError::InternalError, chain(error))
+        }
     }
 }
 
@@ -226,6 +279,7 @@ async fn machine_config(requested: RequestedGuest, told: &Told) -> Result<Machin
             lock: config.memory.lock,
         },
         hotplug: None,
+        image: None,
         devices: Vec::new(),
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },
         panics: told.panics.clone(),
@@ -257,6 +311,7 @@ fn build_failure(error: &MachineError) -> Failure {
             GuestError::GuestInitializationFailure
         }
         MachineError::Boot(_) => GuestError::KernelLoadFailure,
+        MachineError::Image(_) => GuestError::SnapshotCorrupt,
         MachineError::Overlap(_) => GuestError::DeviceMemoryOverlap,
         MachineError::Unit(_) | MachineError::Device { .. } => GuestError::DeviceInitializationFailure,
         MachineError::Cancelled => return cancelled(),
