@@ -14,6 +14,7 @@ mod failure;
 mod generated;
 mod mem;
 mod net;
+mod snapshot;
 mod state;
 mod timeline;
 mod units;
@@ -34,6 +35,7 @@ pub use failure::{Exit, Failure, GuestError, Outcome, chain};
 pub use generated::*;
 pub use mem::MemDeviceConfig;
 pub use net::{MacAddress, NetBackend, NetConfig, NotAMacAddress};
+pub use snapshot::{MemoryKept, SnapshotFile, SnapshotInfo};
 pub use state::{GuestState, Panic, Phase, Rendering, UnitStatus, VpState};
 pub use timeline::{
     DeviceError, Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep,

@@ -17,6 +17,8 @@ pub struct ServiceConfig {
     pub hypervisor: String,
     /// How many guests there may be at a time.
     pub max_guests: usize,
+    /// How many snapshots are kept at a time, each with up to five descriptors and as much memory as its guest's.
+    pub max_snapshots: usize,
     /// How many connections one user may have.
     pub max_connections: usize,
     /// The log filter of the guest VMMs, in the syntax of `--log`.
@@ -29,6 +31,7 @@ impl Default for ServiceConfig {
             vmm: None,
             hypervisor: "kvm".into(),
             max_guests: 1024,
+            max_snapshots: 256,
             max_connections: 256,
             vmm_log: "info".into(),
         }

@@ -1,8 +1,6 @@
 //! How a guest or its VMM's process ended, for as many waiters as ask.
 
-use guest_schema::guest_capnp::exit;
 use guest_schema::host_capnp::guest_exit;
-use guest_schema::vmm_capnp::vmm_watcher;
 use guest_schema::{Exit, Failure, GuestError};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -42,7 +40,8 @@ impl Ending {
         });
     }
 
-    fn created(&self, generation: u64) {
+    /// The VMM has created another guest, the generation-th.
+    pub fn created(&self, generation: u64) {
         self.0.send_if_modified(|known| {
             let newer = generation > known.generation;
             if newer {
@@ -52,7 +51,8 @@ impl Ending {
         });
     }
 
-    fn terminated(&self, generation: u64, exit: Exit) {
+    /// The generation-th guest has ended.
+    pub fn terminated(&self, generation: u64, exit: Exit) {
         self.0.send_if_modified(|known| {
             let current = generation == known.generation && known.exit.is_none();
             if current {
@@ -88,28 +88,6 @@ impl guest_exit::Server for Ending {
         mut results: guest_exit::WhenTerminatedResults,
     ) -> capnp::Result<()> {
         self.exit().await.write(results.get().init_exit());
-        Ok(())
-    }
-}
-
-impl vmm_watcher::Server for Ending {
-    async fn created(
-        self: Rc<Self>,
-        params: vmm_watcher::CreatedParams,
-        _: vmm_watcher::CreatedResults,
-    ) -> capnp::Result<()> {
-        Ending::created(&self, params.get()?.get_generation());
-        Ok(())
-    }
-
-    async fn terminated(
-        self: Rc<Self>,
-        params: vmm_watcher::TerminatedParams,
-        _: vmm_watcher::TerminatedResults,
-    ) -> capnp::Result<()> {
-        let params = params.get()?;
-        let exit: exit::Reader<'_> = params.get_exit()?;
-        Ending::terminated(&self, params.get_generation(), Exit::read(exit)?);
         Ok(())
     }
 }

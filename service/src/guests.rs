@@ -83,8 +83,8 @@ impl Guests {
     }
 }
 
-/// An id in an answer, which is no longer than an id can be however long the question was.
-fn quoted(id: &str) -> String {
+/// An id or a name in an answer, which is no longer than an id can be however long the question was.
+pub(crate) fn quoted(id: &str) -> String {
     let bytes = id.len();
     match id.char_indices().nth(MAX_ID) {
         Some((end, _)) => format!("{:?}... ({bytes} bytes)", &id[..end]),

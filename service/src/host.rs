@@ -2,16 +2,14 @@
 
 use crate::Service;
 use crate::launch::Guest;
-use crate::proxy::ProxiedLifecycle;
+use crate::launcher::{Launcher, Snapshot, exit_of};
 use futures::future::join_all;
-use guest_schema::guest_capnp::{guest_control, guest_lifecycle, observer};
-use guest_schema::host_capnp::{guest_exit, guest_host, guest_info};
-use guest_schema::{Failure, GuestError, GuestState, PROTOCOL, Phase};
+use guest_schema::guest_capnp::{guest_control, observer};
+use guest_schema::host_capnp::{guest_host, guest_info};
+use guest_schema::{GuestState, PROTOCOL, Phase};
 use guest_transport::{Descriptors, broken};
-use std::os::unix::net::UnixStream as StdStream;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::net::UnixStream;
 
 /// How long a VMM may take to tell its state before the list goes out without it.
 const STATE: Duration = Duration::from_secs(1);
@@ -21,35 +19,15 @@ pub(crate) struct Host {
     service: Rc<Service>,
     descriptors: Descriptors,
     uid: u32,
+    launcher: Launcher,
 }
 
 impl Host {
     pub fn new(service: Rc<Service>, descriptors: Descriptors, uid: u32) -> Self {
-        Self { service, descriptors, uid }
+        let (passed, new) = (Some(descriptors.clone()), None);
+        let launcher = Launcher { service: service.clone(), descriptors: passed, uid, snapshot: new };
+        Self { service, descriptors, uid, launcher }
     }
-
-    fn launch_on(&self, server_end: u64, id: &str) -> Result<Rc<Guest>, Failure> {
-        let lease = self
-            .descriptors
-            .take(server_end)
-            .map_err(|error| Failure::new(GuestError::BadConfig, format!("serverEnd: {error}")))?;
-        self.service.launch(id, lease, self.uid, false)
-    }
-
-    fn launch_held(&self, id: &str) -> Result<(Rc<Guest>, ProxiedLifecycle), Failure> {
-        let no_channel = |error: std::io::Error| {
-            Failure::new(GuestError::FailedServiceConnect, format!("no channel for the guest: {error}"))
-        };
-        let (ours, theirs) = StdStream::pair().map_err(no_channel)?;
-        let ours =
-            ours.set_nonblocking(true).and_then(|()| UnixStream::from_std(ours)).map_err(no_channel)?;
-        let guest = self.service.launch(id, theirs.into(), self.uid, true)?;
-        Ok((guest, ProxiedLifecycle::new(ours)))
-    }
-}
-
-fn exit_of(guest: &Guest) -> guest_exit::Client {
-    capnp_rpc::new_client(guest.ending.clone())
 }
 
 impl guest_host::Server for Host {
@@ -59,9 +37,7 @@ impl guest_host::Server for Host {
         mut results: guest_host::LaunchResults,
     ) -> capnp::Result<()> {
         let params = params.get()?;
-        let id = params.get_id()?.to_str()?;
-        self.service.await_id(id).await;
-        let launched = self.launch_on(params.get_server_end(), id);
+        let launched = self.launcher.launch(params.get_server_end(), params.get_id()?.to_str()?).await;
         let mut results = results.get();
         match launched {
             Ok(guest) => {
@@ -81,13 +57,10 @@ impl guest_host::Server for Host {
         params: guest_host::LaunchProxiedParams,
         mut results: guest_host::LaunchProxiedResults,
     ) -> capnp::Result<()> {
-        let id = params.get()?.get_id()?.to_str()?;
-        self.service.await_id(id).await;
-        let launched = self.launch_held(id);
+        let launched = self.launcher.launch_proxied(params.get()?.get_id()?.to_str()?).await;
         let mut results = results.get();
         match launched {
             Ok((guest, lifecycle)) => {
-                let lifecycle: guest_lifecycle::Client = capnp_rpc::new_client(lifecycle);
                 results.set_lifecycle(lifecycle);
                 results.set_id(&guest.id[..]);
                 results.set_exit(exit_of(&guest));
@@ -154,6 +127,27 @@ impl guest_host::Server for Host {
         info.set_protocol(PROTOCOL);
         info.set_guests(u32::try_from(self.service.guests.count()).unwrap_or(u32::MAX));
         info.set_hypervisor(&self.service.config.hypervisor[..]);
+        Ok(())
+    }
+
+    async fn snapshot(
+        self: Rc<Self>,
+        params: guest_host::SnapshotParams,
+        mut results: guest_host::SnapshotResults,
+    ) -> capnp::Result<()> {
+        let found = self.service.snapshots.find(self.uid, params.get()?.get_token()?);
+        let mut results = results.get();
+        match found {
+            Ok(kept) => {
+                let (service, passed) = (self.service.clone(), Some(self.descriptors.clone()));
+                let snapshot = Snapshot::new(service, passed, self.uid, kept);
+                results.set_snapshot(capnp_rpc::new_client(snapshot));
+            }
+            Err(failure) => {
+                results.set_snapshot(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
         Ok(())
     }
 }

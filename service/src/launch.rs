@@ -1,13 +1,15 @@
 //! The process of one guest: its private channel, its log, its end.
 
-use crate::ServiceError;
 use crate::config::ServiceConfig;
 use crate::exit::Ending;
 use crate::log::follow_log;
+use crate::snapshots::{Duplicates, Kept};
+use crate::watcher::Watcher;
+use crate::{Service, ServiceError};
 use capnp_rpc::rpc_twoparty_capnp::Side;
-use guest_schema::vmm_capnp::{vmm, vmm_watcher};
+use guest_schema::vmm_capnp::vmm;
 use guest_schema::{Failure, GuestError};
-use guest_transport::{Connection, Limits, printable};
+use guest_transport::{Connection, Descriptors, Limits, printable};
 use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
@@ -80,15 +82,20 @@ pub(crate) fn find_vmm(named: Option<&Path>) -> Result<PathBuf, ServiceError> {
         .ok_or_else(|| ServiceError::NoVmm { beside: beside.display().to_string() })
 }
 
+/// A guest that is asked for.
+pub(crate) struct Order {
+    pub id: String,
+    pub lease: OwnedFd,
+    /// Whose it is.
+    pub uid: u32,
+    pub proxied: bool,
+    /// What it goes on from, if anything.
+    pub snapshot: Option<Rc<Kept>>,
+}
+
 /// Starts a VMM, hands it the lease, and watches over it.
-pub(crate) fn spawn(
-    vmm: &Path,
-    config: &ServiceConfig,
-    id: String,
-    lease: OwnedFd,
-    uid: u32,
-    proxied: bool,
-) -> Result<Rc<Guest>, Failure> {
+pub(crate) fn spawn(service: &Rc<Service>, order: Order) -> Result<Rc<Guest>, Failure> {
+    let (vmm, Order { id, lease, uid, proxied, snapshot }) = (&service.vmm, order);
     check_channel(&lease)?;
     let failed = |what: &str, error: &std::io::Error| {
         Failure::new(GuestError::FailedServiceConnect, format!("{}: {what}: {error}", vmm.display()))
@@ -96,13 +103,23 @@ pub(crate) fn spawn(
     let (ours, theirs) = StdStream::pair().map_err(|error| failed("no socket pair", &error))?;
     let channel = ours.set_nonblocking(true).and_then(|()| UnixStream::from_std(ours));
     let channel = channel.map_err(|error| failed("no channel", &error))?;
-    let mut child = start(vmm, config, theirs.into()).map_err(|error| failed("cannot be started", &error))?;
+    let parts = snapshot.as_ref().map(|kept| kept.duplicate()).transpose();
+    let parts = parts.map_err(|error| failed("the snapshot cannot be handed over", &error))?;
+    let mut child =
+        start(vmm, &service.config, theirs.into()).map_err(|error| failed("cannot be started", &error))?;
 
     let mut connection = Connection::client(channel, Limits::of_client());
     let client: vmm::Client = connection.bootstrap(Side::Server);
     let ending = Ending::new();
-    let lease = connection.descriptors().push(lease);
-    let attached = attach(&client, lease, &id, &ending);
+    let descriptors = connection.descriptors();
+    let watcher = Watcher {
+        service: service.clone(),
+        descriptors: descriptors.clone(),
+        guest: id.clone(),
+        uid,
+        ending: ending.clone(),
+    };
+    let attached = attach(&client, &descriptors, lease, watcher, parts);
     let guest = Rc::new(Guest {
         pid: child.id().unwrap_or(0),
         id,
@@ -164,19 +181,22 @@ fn start(vmm: &Path, config: &ServiceConfig, channel: OwnedFd) -> std::io::Resul
         .spawn()
 }
 
-/// Sends the lease. The request goes out before this returns.
+/// Sends the lease, and what the guest goes on from. The request goes out before this returns.
 fn attach(
     client: &vmm::Client,
-    lease: u64,
-    id: &str,
-    ending: &Ending,
+    descriptors: &Descriptors,
+    lease: OwnedFd,
+    watcher: Watcher,
+    parts: Option<Duplicates<'_>>,
 ) -> impl Future<Output = Result<(), String>> + use<> {
-    let watcher: vmm_watcher::Client = capnp_rpc::new_client(ending.clone());
     let mut request = client.attach_request();
     let mut params = request.get();
-    params.set_server_end(lease);
-    params.set_id(id);
-    params.set_watcher(watcher);
+    params.set_server_end(descriptors.push(lease));
+    params.set_id(&watcher.guest[..]);
+    params.set_watcher(capnp_rpc::new_client(watcher));
+    if let Some(parts) = parts {
+        parts.write(descriptors, params.init_snapshot());
+    }
     let answer = request.send().promise;
     async move {
         let answer = answer.await.map_err(|error| error.to_string())?;

@@ -8,9 +8,12 @@ mod exit;
 mod guests;
 mod host;
 mod launch;
+mod launcher;
 mod log;
 mod proxy;
+mod snapshots;
 mod socket;
+mod watcher;
 
 pub use config::{ConfigError, ServiceConfig, WrongSetting};
 pub use socket::{ListenError, listen};
@@ -20,10 +23,10 @@ use guest_schema::{Failure, GuestError};
 use guest_transport::{Connection, ConnectionError, Limits};
 use guests::Guests;
 use host::Host;
-use launch::Guest;
+use launch::{Guest, Order};
+use snapshots::Snapshots;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -57,6 +60,7 @@ pub struct Service {
     config: ServiceConfig,
     vmm: PathBuf,
     guests: Guests,
+    snapshots: Rc<Snapshots>,
     connections: Connections,
     /// Whether no more guests may come.
     ending: Cell<bool>,
@@ -69,7 +73,9 @@ impl Service {
         config.check()?;
         let vmm = launch::find_vmm(config.vmm.as_deref())?;
         let connections = Connections { most: config.max_connections, open: RefCell::default() };
-        Ok(Rc::new(Self { config, vmm, guests: Guests::default(), connections, ending: Cell::new(false) }))
+        let snapshots = Snapshots::new(config.max_snapshots);
+        let (guests, ending) = (Guests::default(), Cell::new(false));
+        Ok(Rc::new(Self { config, vmm, guests, snapshots, connections, ending }))
     }
 
     /// Serves a client until its connection ends. `uid` is the client's user: it finds the guests of that user.
@@ -87,7 +93,8 @@ impl Service {
         connection.run().await
     }
 
-    /// Stops all guests by force and waits until their processes have ended. No guest is launched from now on.
+    /// Stops all guests by force and waits until their processes have ended. No guest is launched and no snapshot kept from now on;
+    /// those that are kept last until the last reference to them is dropped, or this process ends.
     pub async fn shutdown(&self) {
         self.ending.set(true);
         join_all(self.guests.all().iter().map(|guest| guest.end(SHUTDOWN))).await;
@@ -102,23 +109,17 @@ impl Service {
         }
     }
 
-    /// Starts a VMM for the guest `id` and hands it its lease.
-    fn launch(
-        self: &Rc<Self>,
-        id: &str,
-        lease: OwnedFd,
-        uid: u32,
-        proxied: bool,
-    ) -> Result<Rc<Guest>, Failure> {
+    /// Starts a VMM for a guest and hands it its lease.
+    fn launch(self: &Rc<Self>, order: Order) -> Result<Rc<Guest>, Failure> {
         if self.ending.get() {
             return Err(Failure::new(GuestError::FailedServiceConnect, "the service is ending"));
         }
-        let id = self.guests.choose_id(id)?;
+        let id = self.guests.choose_id(&order.id)?;
         if self.guests.count() >= self.config.max_guests {
             let detail = format!("the service's limit of {} guests is reached", self.config.max_guests);
             return Err(Failure::new(GuestError::LimitExceeded, detail));
         }
-        let guest = launch::spawn(&self.vmm, &self.config, id, lease, uid, proxied)?;
+        let guest = launch::spawn(self, Order { id, ..order })?;
         self.guests.insert(guest.clone());
         let service = self.clone();
         let launched = guest.clone();

@@ -12,14 +12,14 @@ use tracing_subscriber::EnvFilter;
 
 /// Launches guests and hands out capabilities to their lives, over Cap'n Proto on a Unix socket.
 ///
-/// SIGTERM or SIGINT stops all leased guests by force; guestd then ends with status 0.
+/// SIGTERM or SIGINT stops all leased guests by force and frees all snapshots; guestd then ends with status 0.
 #[derive(Parser)]
 #[command(version, after_help = "Example:\n  guestd --socket /run/user/1000/guestd.sock --log info")]
 struct Options {
     /// The Unix socket to listen on (mode 0600; a stale one is replaced)
     #[arg(long, env = "GUESTD_SOCKET", value_name = "PATH")]
     socket: PathBuf,
-    /// A TOML file: vmm, hypervisor, max-guests, max-connections, vmm-log
+    /// A TOML file: vmm, hypervisor, max-guests, max-snapshots, max-connections, vmm-log
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// What to log, for instance `info` or `guest_service=debug`
