@@ -371,7 +371,7 @@ struct TransitionEnd {
   # A transition of all state units has ended.
 
   operation @0 :Text;
-  # start, pause, resume, reset or stop.
+  # start, pause, resume, reset, snapshot or stop.
   durationUs @1 :UInt64;
   failure @2 :Common.Failure;
   # Null if it succeeded.

@@ -1,6 +1,7 @@
 //! A guest's config on its way in: what was asked for, the files already taken from the channel, and the limits it is held to.
 
 use crate::devices::Backends;
+use crate::snapshot::OpenSnapshot;
 use crate::{client_units, devices};
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
@@ -10,8 +11,10 @@ use guest_schema::{
 use guest_transport::Descriptors;
 use machine::layout::COMMAND_LINE;
 use machine::memory::MINIMUM_BYTES;
+use machine::memory::MemoryImage;
 use processor::{CpuidMask, HostCpus};
 use rustix::fs::FileType;
+use state_unit::SavedStateUnit;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
@@ -43,13 +46,43 @@ pub(crate) struct RequestedGuest {
     pub kernel: Option<Source>,
     pub ramdisk: Option<Source>,
     pub backends: Backends,
+    /// What it goes on from, in place of being booted.
+    pub restored: Option<RestoredState>,
     faults: Vec<ConfigFault>,
+}
+
+/// The state that a guest goes on from.
+pub(crate) struct RestoredState {
+    pub units: Vec<SavedStateUnit>,
+    pub image: MemoryImage,
 }
 
 impl RequestedGuest {
     /// Reads a config, and takes its files from the channel on which it came: whatever becomes of it, they are closed with it.
     pub fn read(reader: guest_config::Reader<'_>, descriptors: &Descriptors) -> Result<Self, Error> {
-        let ReadConfig { config, mut faults } = GuestConfig::read(reader)?;
+        let ReadConfig { config, faults } = GuestConfig::read(reader)?;
+        Ok(Self::take(config, faults, descriptors))
+    }
+
+    /// The same for a guest that goes on from a snapshot: the config has what is granted to it.
+    pub fn read_grants(
+        reader: guest_config::Reader<'_>,
+        descriptors: &Descriptors,
+        snapshot: OpenSnapshot,
+    ) -> Result<Self, Error> {
+        let ReadConfig { config: grants, mut faults } = GuestConfig::read(reader)?;
+        let config = snapshot.config_with(grants, &mut faults);
+        let OpenSnapshot { units, image, kernel, ramdisk, .. } = snapshot;
+        let requested = Self::take(config, faults, descriptors);
+        Ok(Self {
+            kernel: Some(Source::Descriptor(kernel.into())),
+            ramdisk: ramdisk.map(|ramdisk| Source::Descriptor(ramdisk.into())),
+            restored: Some(RestoredState { units, image }),
+            ..requested
+        })
+    }
+
+    fn take(config: GuestConfig, mut faults: Vec<ConfigFault>, descriptors: &Descriptors) -> Self {
         let mut take = |source: &Option<FileSource>, field: &str| match source {
             None => None,
             Some(FileSource::File(file)) => Some(Source::File(file.clone())),
@@ -64,7 +97,7 @@ impl RequestedGuest {
         let kernel = take(&config.kernel, "source.boot.kernel");
         let ramdisk = take(&config.ramdisk, "source.boot.ramdisk");
         let backends = Backends::take(&config.devices, descriptors, &mut faults);
-        Ok(Self { config, kernel, ramdisk, backends, faults })
+        Self { config, kernel, ramdisk, backends, restored: None, faults }
     }
 
     pub fn on_reset(&self) -> OnReset {
@@ -74,6 +107,9 @@ impl RequestedGuest {
     /// Holds the config to its limits: one failure lists every fault.
     pub fn check(&self, limits: &HostLimits) -> Result<(), Failure> {
         let mut faults = self.faults.clone();
+        if self.config.kernel.is_none() && self.restored.is_none() {
+            faults.push(ConfigFault::new("source.boot.kernel", "none was given"));
+        }
         faults.extend(limit_faults(&self.config, limits));
         refused(&faults).map_or(Ok(()), Err)
     }
@@ -118,9 +154,6 @@ fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
     let &HostLimits { max_vps, memory_bytes: host_bytes, cpus: _ } = limits;
     let mut faults = Vec::new();
     let mut fault = |field: &str, problem: String| faults.push(ConfigFault::new(field, problem));
-    if config.kernel.is_none() {
-        fault("source.boot.kernel", "none was given".into());
-    }
     if config.cpus == 0 || config.cpus > max_vps {
         fault("cpus", format!("{} is not from 1 to {max_vps}", config.cpus));
     }
@@ -207,7 +240,6 @@ pub(crate) mod tests {
         assert_eq!(
             faults,
             [
-                "source.boot.kernel: none was given",
                 "cpus: 0 is not from 1 to 8",
                 "memory.bytes: 4096 is below the least of 1048576",
                 "source.boot.cmdline: 65538 bytes are more than 65535",

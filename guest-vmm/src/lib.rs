@@ -33,7 +33,7 @@ use guest::Milestone;
 use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::vmm_capnp::{vmm, vmm_watcher};
 use guest_transport::{Connection, Limits};
-use rpc::{Lifecycle, VmmChannel};
+use rpc::{Lifecycle, ServiceEnds, VmmChannel};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
@@ -60,7 +60,7 @@ pub fn serve(stream: StdStream, descriptors: Vec<OwnedFd>, platform: Platform) -
                     let (milestones, _) = mpsc::unbounded_channel();
                     let (driver, handle) = Driver::new(platform, None, milestones);
                     let driving = spawn_local(driver.drive());
-                    hold_lease(stream, descriptors, &handle).await;
+                    hold_lease(stream, descriptors, &handle, ServiceEnds::default()).await;
                     end(&handle, driving).await;
                 }
                 Err(error) => tracing::error!(%error, "the channel cannot be used"),
@@ -125,7 +125,7 @@ async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) {
                 // A shutdown by the service ends the driver while the lease is held.
                 let mut driving = driving;
                 tokio::select! {
-                    () = hold_lease(lease, Vec::new(), &handle) => end(&handle, driving).await,
+                    () = hold_lease(lease, Vec::new(), &handle, attached.service) => end(&handle, driving).await,
                     driven = &mut driving => {
                         if let Err(panic) = driven {
                             tracing::error!(%panic, "the driver failed");
@@ -148,9 +148,14 @@ fn tokio_stream(stream: StdStream) -> io::Result<UnixStream> {
 }
 
 /// Serves the lease until its channel closes.
-async fn hold_lease(stream: UnixStream, descriptors: Vec<OwnedFd>, driver: &DriverHandle) {
+async fn hold_lease(
+    stream: UnixStream,
+    descriptors: Vec<OwnedFd>,
+    driver: &DriverHandle,
+    service: ServiceEnds,
+) {
     let connection = Connection::server_with(stream, descriptors, Limits::default(), |descriptors| {
-        let lifecycle = Lifecycle::new(driver.clone(), descriptors.clone());
+        let lifecycle = Lifecycle::new(driver.clone(), descriptors.clone(), service);
         let lifecycle: guest_lifecycle::Client = capnp_rpc::new_client(lifecycle);
         lifecycle.client
     });

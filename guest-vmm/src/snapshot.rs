@@ -5,16 +5,18 @@
 //! clients' units are granted anew to whoever goes on.
 
 use crate::files::SEALED;
-use guest_schema::{
-    ConfigFault, DiskSource, Failure, GuestConfig, GuestError, ImageFormat, NetBackend, VsockConfig, chain,
-    config_capnp,
-};
 use guest_saved_state::machine::snapshot::{SnapshotState, UnitState};
-use machine::memory::{FreezeMethod, Frozen, FrozenMemory, ImageError, ImageFile, MemoryImage};
+use guest_schema::{
+    ConfigFault, DiskSource, Failure, GuestConfig, GuestError, ImageFormat, MemoryKept, NetBackend,
+    SnapshotFile, SnapshotInfo, VsockConfig, chain, config_capnp,
+};
+use machine::MachineSnapshot;
+use machine::memory::{FreezeMethod, Frozen, FrozenMemory, ImageFile, MemoryImage};
 use prost::Message;
 use rustix::fs::{MemfdFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 use save_restore::SavedStateBlob;
 use state_unit::SavedStateUnit;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::Arc;
@@ -27,30 +29,31 @@ const MAX_STATE: u64 = 256 << 20;
 
 /// What a guest was made of, kept for its snapshots.
 pub(crate) struct Origin {
-    /// Without what is granted.
-    config: GuestConfig,
-    kernel: File,
-    ramdisk: Option<File>,
+    /// Its config, encoded, without what is granted.
+    config: Vec<u8>,
+    kernel: Arc<File>,
+    ramdisk: Option<Arc<File>>,
+    /// What every snapshot of it has.
+    info: SnapshotInfo,
 }
 
 impl Origin {
     /// Of a guest with this config and these sealed files.
-    pub fn new(config: &GuestConfig, kernel: &File, ramdisk: Option<&File>) -> io::Result<Self> {
-        let ramdisk = ramdisk.map(File::try_clone).transpose()?;
-        Ok(Self { config: without_grants(config.clone()), kernel: kernel.try_clone()?, ramdisk })
-    }
-
-    /// What is known of a snapshot that was taken just now, to be completed.
-    pub fn snapshot(&self, units: Vec<SavedStateUnit>, memory: Frozen) -> io::Result<TakenSnapshot> {
-        let Self { config, kernel, ramdisk } = self;
-        Ok(TakenSnapshot {
-            config: config.clone(),
-            kernel: kernel.try_clone()?,
-            ramdisk: ramdisk.as_ref().map(File::try_clone).transpose()?,
-            units,
-            memory,
-            taken_at_us: now_us(),
-        })
+    pub fn new(config: &GuestConfig, kernel: &File, ramdisk: Option<&File>) -> io::Result<Arc<Self>> {
+        let info = SnapshotInfo {
+            vps: config.cpus,
+            disks: config.devices.block.iter().map(|disk| disk.id.clone()).collect(),
+            networks: u32::try_from(config.devices.net.len()).expect("there are few"),
+            ..SnapshotInfo::default()
+        };
+        let mut message = capnp::message::Builder::new_default();
+        without_grants(config.clone()).write(message.init_root());
+        Ok(Arc::new(Self {
+            config: capnp::serialize::write_message_to_words(&message),
+            kernel: Arc::new(kernel.try_clone()?),
+            ramdisk: ramdisk.map(File::try_clone).transpose()?.map(Arc::new),
+            info,
+        }))
     }
 }
 
@@ -77,87 +80,68 @@ fn without_grants(mut config: GuestConfig) -> GuestConfig {
 
 /// A snapshot that was taken, while the guest goes on.
 pub(crate) struct TakenSnapshot {
-    config: GuestConfig,
-    kernel: File,
-    ramdisk: Option<File>,
+    origin: Arc<Origin>,
     units: Vec<SavedStateUnit>,
     memory: Frozen,
     taken_at_us: u64,
 }
 
-/// What a snapshot has, for people to see.
-pub(crate) struct SnapshotSummary {
-    pub memory_bytes: u64,
-    pub units: Vec<String>,
-    pub taken_at_us: u64,
-    pub vps: u32,
-    /// The ids of its disks.
-    pub disks: Vec<String>,
-    pub networks: usize,
-    pub method: FreezeMethod,
-    pub copied_bytes: u64,
-}
-
 /// A snapshot that nobody can change any more.
 pub(crate) struct SealedSnapshot {
     pub files: SnapshotFiles,
-    pub summary: SnapshotSummary,
+    /// Without its parent's id.
+    pub info: SnapshotInfo,
 }
 
 impl TakenSnapshot {
+    /// What a machine gave just now, of a guest that was made so.
+    pub fn new(origin: Arc<Origin>, snapshot: MachineSnapshot) -> Self {
+        let MachineSnapshot { states, memory } = snapshot;
+        Self { origin, units: states, memory, taken_at_us: now_us() }
+    }
+
     /// Completes it. Blocks for as long as the host takes to unmap what the guest had mapped.
     pub fn seal(self) -> Result<SealedSnapshot, Failure> {
-        let Self { config, kernel, ramdisk, units, memory, taken_at_us } = self;
-        let memory = memory.seal().map_err(|error| no_room(chain(&error)))?;
-        let summary = summary(&config, &units, &memory, taken_at_us);
-        let state = encode(&config, units).map_err(|error| no_room(format!("its state: {error}")))?;
-        let FrozenMemory { image: MemoryImage { base, layer }, .. } = memory;
-        let files = SnapshotFiles {
-            state: Arc::new(state),
-            memory: base.file().clone(),
-            layer: layer.map(|layer| layer.file().clone()),
-            kernel: Arc::new(kernel),
-            ramdisk: ramdisk.map(Arc::new),
+        let Self { origin, units, memory, taken_at_us } = self;
+        let Origin { config, kernel, ramdisk, info } = &*origin;
+        let FrozenMemory { image, bytes, method, copied_bytes, .. } =
+            memory.seal().map_err(|error| not_to_be_had(chain(&error)))?;
+        let info = SnapshotInfo {
+            memory_bytes: bytes,
+            units: units.iter().map(|unit| unit.name.clone()).collect(),
+            taken_at_us,
+            memory: match method {
+                FreezeMethod::Remapped => MemoryKept::Remapped,
+                FreezeMethod::Layered => MemoryKept::Layered,
+                FreezeMethod::Copied => MemoryKept::Copied,
+            },
+            copied_bytes,
+            ..info.clone()
         };
-        Ok(SealedSnapshot { files, summary })
+        let state =
+            encode(config.clone(), units).map_err(|error| not_to_be_had(format!("its state: {error}")))?;
+        let mut files = BTreeMap::new();
+        files.insert(SnapshotFile::State, Arc::new(state));
+        files.insert(SnapshotFile::Memory, image.base.file().clone());
+        files.insert(SnapshotFile::Kernel, kernel.clone());
+        files.extend(image.layer.map(|layer| (SnapshotFile::Layer, layer.file().clone())));
+        files.extend(ramdisk.clone().map(|ramdisk| (SnapshotFile::Ramdisk, ramdisk)));
+        Ok(SealedSnapshot { files: SnapshotFiles(files), info })
     }
 }
 
-fn no_room(problem: impl std::fmt::Display) -> Failure {
+fn not_to_be_had(problem: impl std::fmt::Display) -> Failure {
     Failure::new(GuestError::InternalError, format!("the snapshot is not to be had: {problem}"))
 }
 
-fn summary(
-    config: &GuestConfig,
-    units: &[SavedStateUnit],
-    memory: &FrozenMemory,
-    taken_at_us: u64,
-) -> SnapshotSummary {
-    SnapshotSummary {
-        memory_bytes: memory.bytes,
-        units: units.iter().map(|unit| unit.name.clone()).collect(),
-        taken_at_us,
-        vps: config.cpus,
-        disks: config.devices.block.iter().map(|disk| disk.id.clone()).collect(),
-        networks: config.devices.net.len(),
-        method: memory.method,
-        copied_bytes: memory.copied_bytes,
-    }
-}
-
 /// The state's file, sealed.
-fn encode(config: &GuestConfig, units: Vec<SavedStateUnit>) -> io::Result<File> {
-    let mut message = capnp::message::Builder::new_default();
-    config.write(message.init_root());
+fn encode(config: Vec<u8>, units: Vec<SavedStateUnit>) -> io::Result<File> {
     let unit = |SavedStateUnit { name, state }| {
         let state = state.unwrap_or_default();
         UnitState { name, type_name: state.type_name().to_owned(), value: state.value().to_vec() }
     };
-    let state = SnapshotState {
-        format: FORMAT,
-        config: capnp::serialize::write_message_to_words(&message),
-        units: units.into_iter().map(unit).collect(),
-    };
+    let units = units.into_iter().map(unit).collect();
+    let state = SnapshotState { format: FORMAT, config, units };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let mut file = File::from(memfd_create("snapshot-state", flags)?);
     file.write_all(&state.encode_to_vec())?;
@@ -167,53 +151,36 @@ fn encode(config: &GuestConfig, units: Vec<SavedStateUnit>) -> io::Result<File> 
 
 /// The files that a snapshot consists of.
 #[derive(Clone)]
-pub(crate) struct SnapshotFiles {
-    pub state: Arc<File>,
-    pub memory: Arc<File>,
-    pub layer: Option<Arc<File>>,
-    pub kernel: Arc<File>,
-    pub ramdisk: Option<Arc<File>>,
-}
+pub(crate) struct SnapshotFiles(BTreeMap<SnapshotFile, Arc<File>>);
 
 impl SnapshotFiles {
-    /// By their names in the protocol.
-    pub fn by_name(&self) -> impl Iterator<Item = (&'static str, &Arc<File>)> {
-        let Self { state, memory, layer, kernel, ramdisk } = self;
-        let optional = [("layer", layer.as_ref()), ("ramdisk", ramdisk.as_ref())];
-        let there = optional.into_iter().filter_map(|(name, file)| Some((name, file?)));
-        [("state", state), ("memory", memory), ("kernel", kernel)].into_iter().chain(there)
+    /// Each by what it is.
+    pub fn iter(&self) -> impl Iterator<Item = (SnapshotFile, &Arc<File>)> {
+        self.0.iter().map(|(name, file)| (*name, file))
     }
 
     /// The same from named files.
     ///
     /// # Errors
     /// If one is missing, unknown, there twice, or can still be changed; its name is told.
-    pub fn from_named(files: Vec<(String, File)>) -> Result<Self, Failure> {
-        let (mut state, mut memory, mut layer, mut kernel, mut ramdisk) = (None, None, None, None, None);
-        for (name, file) in files {
-            let place = match &name[..] {
-                "state" => &mut state,
-                "memory" => &mut memory,
-                "layer" => &mut layer,
-                "kernel" => &mut kernel,
-                "ramdisk" => &mut ramdisk,
-                _ => return Err(corrupt(format!("{name:?} is no file of a snapshot"))),
-            };
+    pub fn from_named(named: Vec<(String, File)>) -> Result<Self, Failure> {
+        let mut files = BTreeMap::new();
+        for (name, file) in named {
+            let place = SnapshotFile::named(&name);
+            let place = place.ok_or_else(|| corrupt(format!("{name:?} is no file of a snapshot")))?;
             if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SEALED)) {
                 return Err(corrupt(format!("{name} is not sealed")));
             }
-            if place.replace(Arc::new(file)).is_some() {
+            if files.insert(place, Arc::new(file)).is_some() {
                 return Err(corrupt(format!("{name} is there twice")));
             }
         }
-        let missing = |name: &str| corrupt(format!("{name} is missing"));
-        Ok(Self {
-            state: state.ok_or_else(|| missing("state"))?,
-            memory: memory.ok_or_else(|| missing("memory"))?,
-            layer,
-            kernel: kernel.ok_or_else(|| missing("kernel"))?,
-            ramdisk,
-        })
+        let missing =
+            SnapshotFile::ALL.into_iter().find(|file| file.is_required() && !files.contains_key(file));
+        match missing {
+            Some(file) => Err(corrupt(format!("{} is missing", file.name()))),
+            None => Ok(Self(files)),
+        }
     }
 
     /// Reads what a guest goes on from. Blocks for as long as that takes.
@@ -221,7 +188,9 @@ impl SnapshotFiles {
     /// # Errors
     /// `snapshotCorrupt`, `snapshotIncompatible` for a format that this version does not know.
     pub fn open(&self) -> Result<OpenSnapshot, Failure> {
-        let state = read_state(&self.state).map_err(|error| corrupt(format!("state: {error}")))?;
+        let missing = |file: SnapshotFile| corrupt(format!("{} is missing", file.name()));
+        let state = self.0.get(&SnapshotFile::State).ok_or_else(|| missing(SnapshotFile::State))?;
+        let state = read_state(state).map_err(|error| corrupt(format!("state: {error}")))?;
         let SnapshotState { format, config, units } = state;
         if format != FORMAT {
             let problem = format!("state: its format is {format}, and {FORMAT} is known here");
@@ -232,17 +201,23 @@ impl SnapshotFiles {
             let state = Some(SavedStateBlob::from_parts(type_name, value));
             SavedStateUnit { name, state }
         };
-        let bad = |name: &str, error: ImageError| corrupt(format!("{name} {}", chain(&error)));
-        let base = ImageFile::sealed(self.memory.clone()).map_err(|error| bad("memory", error))?;
-        let layer = self.layer.clone().map(ImageFile::sealed).transpose();
-        let layer = layer.map_err(|error| bad("layer", error))?;
-        let copy = |file: &File| file.try_clone().map_err(|error| corrupt(error.to_string()));
+        let image = |file: SnapshotFile| {
+            let opened = |memory: &Arc<File>| ImageFile::sealed(memory.clone());
+            let opened = self.0.get(&file).map(opened).transpose();
+            opened.map_err(|error| corrupt(format!("{} {}", file.name(), chain(&error))))
+        };
+        let copy = |file: SnapshotFile| {
+            let copied = self.0.get(&file).map(|file| file.try_clone()).transpose();
+            copied.map_err(|error| corrupt(format!("{}: {error}", file.name())))
+        };
+        let base = image(SnapshotFile::Memory)?.ok_or_else(|| missing(SnapshotFile::Memory))?;
+        let kernel = copy(SnapshotFile::Kernel)?.ok_or_else(|| missing(SnapshotFile::Kernel))?;
         Ok(OpenSnapshot {
             config,
             units: units.into_iter().map(unit).collect(),
-            image: MemoryImage { base, layer },
-            kernel: copy(&self.kernel)?,
-            ramdisk: self.ramdisk.as_deref().map(copy).transpose()?,
+            image: MemoryImage { base, layer: image(SnapshotFile::Layer)? },
+            kernel,
+            ramdisk: copy(SnapshotFile::Ramdisk)?,
         })
     }
 }
@@ -266,8 +241,7 @@ fn read_state(file: &File) -> io::Result<SnapshotState> {
 fn read_config(bytes: &[u8]) -> Result<GuestConfig, Failure> {
     let bad = |problem: &dyn std::fmt::Display| corrupt(format!("state: config: {problem}"));
     let options = capnp::message::ReaderOptions::new();
-    let message =
-        capnp::serialize::read_message(&mut &*bytes, options).map_err(|error| bad(&error))?;
+    let message = capnp::serialize::read_message(&mut &*bytes, options).map_err(|error| bad(&error))?;
     let reader = message.get_root::<config_capnp::guest_config::Reader<'_>>().map_err(|error| bad(&error))?;
     let read = GuestConfig::read(reader).map_err(|error| bad(&error))?;
     match &read.faults[..] {
@@ -289,9 +263,10 @@ impl OpenSnapshot {
     /// The config of a guest that goes on from here with what `grants` has for it. What of it cannot be is a fault.
     pub fn config_with(&self, grants: GuestConfig, faults: &mut Vec<ConfigFault>) -> GuestConfig {
         let mut config = self.config.clone();
-        for (field, is_given) in
-            [("source.boot.kernel", grants.kernel.is_some()), ("source.boot.ramdisk", grants.ramdisk.is_some())]
-        {
+        for (field, is_given) in [
+            ("source.boot.kernel", grants.kernel.is_some()),
+            ("source.boot.ramdisk", grants.ramdisk.is_some()),
+        ] {
             if is_given {
                 faults.push(ConfigFault::new(field, "a guest that goes on from a snapshot has its own"));
             }

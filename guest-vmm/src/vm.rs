@@ -9,11 +9,12 @@ use crate::log::LogFilter;
 use crate::platform::Host;
 use crate::ports::GuestPort;
 use crate::settings::Settings;
+use crate::snapshot::{Origin, TakenSnapshot};
 use guest_schema::{Failure, GuestError, UnitConfig, chain};
 use machine::memory::MemoryOptions;
-use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, VPS, host_memory_bytes};
+use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, SnapshotError, VPS, host_memory_bytes};
 use processor::{HostCpus, TimePolicy, VpHaltReason, VpIndex};
-use state_unit::StateTransitionError;
+use state_unit::{SavedStateUnit, StateTransitionError};
 use std::error::Error;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ pub(crate) struct Vm {
     client_units: ClientUnits,
     halts: mpsc::UnboundedReceiver<Halt>,
     guest: Rc<Guest>,
-    origin: Origin,
+    origin: Arc<Origin>,
 }
 
 impl Vm {
@@ -143,10 +144,9 @@ impl Vm {
     pub async fn snapshot(&self) -> Result<TakenSnapshot, Failure> {
         let begun = Instant::now();
         let taken = self.machine.snapshot().await;
-        let taken = taken.map_err(|error| snapshot_failure(&error, self.is_faulted())).and_then(|taken| {
-            let MachineSnapshot { states, memory } = taken;
-            self.origin.snapshot(states, memory).map_err(|error| initialization(&error))
-        });
+        let taken = taken
+            .map(|snapshot| TakenSnapshot::new(self.origin.clone(), snapshot))
+            .map_err(|error| snapshot_failure(&error, self.is_faulted()));
         let told = taken.as_ref().map(drop).map_err(Failure::clone);
         self.guest.events().transition("snapshot", begun.elapsed(), &told);
         taken

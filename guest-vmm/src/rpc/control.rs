@@ -1,13 +1,14 @@
 //! GuestControl: the operator's capability, to the guest of one create.
 
 use super::debugger;
+use super::keeper::{Keeper, KeptSnapshot};
 use super::observer::{Observed, inspected};
 use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
 use crate::guest::Guest;
 use guest_schema::common_capnp::file;
 use guest_schema::guest_capnp::{guest_control, observer};
-use guest_schema::{Failure, MAX_FILE_READ, UnitConfig, chain};
+use guest_schema::{Failure, GuestError, MAX_FILE_READ, UnitConfig, chain};
 use guest_transport::broken;
 use inspect::View;
 use machine::CoreDump;
@@ -18,11 +19,22 @@ use std::sync::Arc;
 pub(crate) struct Control {
     driver: DriverHandle,
     guest: Rc<Guest>,
+    keeper: Option<Keeper>,
 }
 
 impl Control {
-    pub fn new(driver: DriverHandle, guest: Rc<Guest>) -> Self {
-        Self { driver, guest }
+    pub fn new(driver: DriverHandle, guest: Rc<Guest>, keeper: Option<Keeper>) -> Self {
+        Self { driver, guest, keeper }
+    }
+
+    async fn keep_snapshot(&self) -> Result<KeptSnapshot, Failure> {
+        let nobody =
+            || Failure::new(GuestError::NotSupported, "snapshots are kept by the service, and there is none");
+        let keeper = self.keeper.as_ref().ok_or_else(nobody)?;
+        let taken = self.driver.ask_of(&self.guest, Command::Snapshot).await?;
+        let sealed = tokio::task::spawn_blocking(move || taken.seal()).await;
+        let panicked = |_| Failure::new(GuestError::InternalError, "completing the snapshot panicked");
+        keeper.keep(sealed.map_err(panicked)??).await
     }
 }
 
@@ -70,6 +82,26 @@ impl guest_control::Server for Control {
     ) -> capnp::Result<()> {
         let stopped = self.driver.ask_of(&self.guest, Command::Stop).await;
         Failure::write_result(&stopped, results.get().init_result());
+        Ok(())
+    }
+
+    async fn snapshot(
+        self: Rc<Self>,
+        _: guest_control::SnapshotParams,
+        mut results: guest_control::SnapshotResults,
+    ) -> capnp::Result<()> {
+        let kept = self.keep_snapshot().await;
+        let mut results = results.get();
+        match kept {
+            Ok(KeptSnapshot { snapshot, token }) => {
+                results.set_snapshot(snapshot);
+                results.set_token(&token);
+            }
+            Err(failure) => {
+                results.set_snapshot(broken(&failure));
+                failure.write(results.init_error());
+            }
+        }
         Ok(())
     }
 

@@ -2,9 +2,12 @@
 
 use super::control::Control;
 use super::guest::BoundGuest;
+use super::keeper::Keeper;
 use crate::config::RequestedGuest;
 use crate::driver::{Command, DriverHandle};
+use crate::snapshot::SnapshotFiles;
 use guest_schema::Failure;
+use guest_schema::config_capnp::guest_config;
 use guest_schema::guest_capnp::{guest, guest_control, guest_lifecycle as lifecycle};
 use guest_transport::{Descriptors, broken};
 use std::rc::Rc;
@@ -13,11 +16,29 @@ use std::rc::Rc;
 pub(crate) struct Lifecycle {
     driver: DriverHandle,
     descriptors: Descriptors,
+    service: ServiceEnds,
+}
+
+/// What a lease has from the service that launched its VMM; nothing without one.
+#[derive(Clone, Default)]
+pub(crate) struct ServiceEnds {
+    pub keeper: Option<Keeper>,
+    /// What the lease's guests go on from, in place of being booted.
+    pub snapshot: Option<SnapshotFiles>,
 }
 
 impl Lifecycle {
-    pub fn new(driver: DriverHandle, descriptors: Descriptors) -> Self {
-        Self { driver, descriptors }
+    pub fn new(driver: DriverHandle, descriptors: Descriptors, service: ServiceEnds) -> Self {
+        Self { driver, descriptors, service }
+    }
+
+    /// What a create asks for. Its descriptors are taken from the channel whatever becomes of it.
+    fn requested(&self, config: guest_config::Reader<'_>) -> capnp::Result<Result<RequestedGuest, Failure>> {
+        match self.service.snapshot.as_ref().map(SnapshotFiles::open) {
+            None => RequestedGuest::read(config, &self.descriptors).map(Ok),
+            Some(Ok(snapshot)) => RequestedGuest::read_grants(config, &self.descriptors, snapshot).map(Ok),
+            Some(Err(failure)) => RequestedGuest::read(config, &self.descriptors).map(|_| Err(failure)),
+        }
     }
 }
 
@@ -28,8 +49,10 @@ impl lifecycle::Server for Lifecycle {
         params: lifecycle::CreateParams,
         mut results: lifecycle::CreateResults,
     ) -> capnp::Result<()> {
-        let requested = RequestedGuest::read(params.get()?.get_config()?, &self.descriptors)?;
-        let created = self.driver.ask(|reply| Command::Create(Box::new(requested), reply)).await;
+        let created = match self.requested(params.get()?.get_config()?)? {
+            Ok(requested) => self.driver.ask(|reply| Command::Create(Box::new(requested), reply)).await,
+            Err(failure) => Err(failure),
+        };
         Failure::write_result(&created, results.get().init_result());
         Ok(())
     }
@@ -83,8 +106,11 @@ impl lifecycle::Server for Lifecycle {
         let mut results = results.get();
         match bound {
             Ok(bound) => {
-                let client: guest_control::Client =
-                    capnp_rpc::new_client(Control::new(self.driver.clone(), bound));
+                let client: guest_control::Client = capnp_rpc::new_client(Control::new(
+                    self.driver.clone(),
+                    bound,
+                    self.service.keeper.clone(),
+                ));
                 results.set_control(client);
             }
             Err(failure) => {

@@ -4,6 +4,7 @@ mod balloon;
 mod control;
 mod debugger;
 mod guest;
+mod keeper;
 mod lifecycle;
 mod mem;
 mod observer;
@@ -11,6 +12,6 @@ mod streams;
 mod vmm;
 mod vsock;
 
-pub(crate) use lifecycle::Lifecycle;
+pub(crate) use lifecycle::{Lifecycle, ServiceEnds};
 pub(crate) use vmm::VmmChannel;
 pub(crate) use vsock::serve as serve_vsock;

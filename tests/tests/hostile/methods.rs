@@ -117,7 +117,12 @@ async fn of_the_control(control: &guest_control::Client) -> Story {
     let pressed = control.power_button_request().send().promise.await?;
     let failure = Failure::read_result(pressed.get()?.get_result()?)?.err();
     expect("no button before run", failure.map(|failure| failure.code), Some(GuestError::NotRunning))?;
-    unimplemented("snapshot", control.snapshot_request().send().promise).await?;
+    let sent = control.snapshot_request().send();
+    let early = sent.pipeline.get_snapshot().info_request().send().promise.await;
+    expect("a snapshot of nothing answers", early.is_ok(), false)?;
+    let answer = sent.promise.await?;
+    let failure = Failure::read(answer.get()?.get_error()?)?;
+    expect("no snapshot before run", failure.code, GuestError::NotRunning)?;
     of_the_update(control).await?;
     of_the_dump(control).await?;
     let unheard = control.debugger_request().send().promise.await;

@@ -1,0 +1,64 @@
+//! Who keeps the guest's snapshots: the service that launched this VMM.
+
+use crate::snapshot::SealedSnapshot;
+use guest_schema::snapshot_capnp::snapshot;
+use guest_schema::vmm_capnp::vmm_watcher;
+use guest_schema::{Failure, GuestError, SnapshotInfo};
+use guest_transport::Descriptors;
+use std::fs::File;
+use std::sync::Arc;
+
+/// The service, as far as it keeps snapshots.
+#[derive(Clone)]
+pub(crate) struct Keeper {
+    watcher: vmm_watcher::Client,
+    /// Of the service's channel.
+    descriptors: Descriptors,
+    /// The guest's.
+    id: String,
+}
+
+/// A snapshot that is kept, and what finds it.
+pub(crate) struct KeptSnapshot {
+    pub snapshot: snapshot::Client,
+    pub token: Vec<u8>,
+}
+
+impl Keeper {
+    pub fn new(watcher: vmm_watcher::Client, descriptors: Descriptors, id: String) -> Self {
+        Self { watcher, descriptors, id }
+    }
+
+    /// Hands a snapshot over.
+    pub async fn keep(&self, sealed: SealedSnapshot) -> Result<KeptSnapshot, Failure> {
+        let lost = |error: capnp::Error| {
+            Failure::new(GuestError::InternalError, format!("the service keeps no snapshot: {error}"))
+        };
+        self.send(&sealed).await.map_err(lost)?
+    }
+
+    async fn send(&self, sealed: &SealedSnapshot) -> capnp::Result<Result<KeptSnapshot, Failure>> {
+        let mut request = self.watcher.keep_request();
+        let mut parts = request.get().init_parts();
+        let files: Vec<_> = sealed.files.iter().collect();
+        let length = u32::try_from(files.len()).expect("there are few");
+        let mut list = parts.reborrow().init_files(length);
+        for (index, (name, file)) in (0..).zip(files) {
+            let mut entry = list.reborrow().get(index);
+            entry.set_name(name.name());
+            entry.set_descriptor(self.push(file)?);
+        }
+        SnapshotInfo { parent: self.id.clone(), ..sealed.info.clone() }.write(parts.init_info());
+        let answer = request.send().promise.await?;
+        let results = answer.get()?;
+        if results.has_error() {
+            return Ok(Err(Failure::read(results.get_error()?)?));
+        }
+        Ok(Ok(KeptSnapshot { snapshot: results.get_snapshot()?, token: results.get_token()?.to_vec() }))
+    }
+
+    fn push(&self, file: &Arc<File>) -> capnp::Result<u64> {
+        let descriptor = file.try_clone().map_err(|error| capnp::Error::failed(error.to_string()))?;
+        Ok(self.descriptors.push(descriptor.into()))
+    }
+}
