@@ -2,6 +2,7 @@
 
 use crate::ClientError;
 use capnp::capability::FromClientHook;
+use capnp::private::capability::ClientHook;
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use guest_transport::{Connection, Descriptors, Limits};
 use rustix::net::Shutdown;
@@ -15,21 +16,28 @@ use tokio::task::spawn_local;
 pub(crate) struct Channel {
     socket: OwnedFd,
     pub descriptors: Descriptors,
+    bootstrap: Box<dyn ClientHook>,
 }
 
 impl Channel {
     /// Opens the connecting end, and the capability that the peer offers on it.
-    pub fn open<C: FromClientHook>(stream: UnixStream) -> Result<(Rc<Self>, C), ClientError> {
+    pub fn open<C: FromClientHook + Clone>(stream: UnixStream) -> Result<(Rc<Self>, C), ClientError> {
         let socket = stream
             .as_fd()
             .try_clone_to_owned()
             .map_err(|error| ClientError::local("cannot duplicate a socket", error))?;
         let mut connection = Connection::client(stream, Limits::of_client());
-        let bootstrap = connection.bootstrap(Side::Server);
+        let bootstrap: C = connection.bootstrap(Side::Server);
         let descriptors = connection.descriptors();
         // How it ended is told to every call that was under way.
         spawn_local(connection.run());
-        Ok((Rc::new(Self { socket, descriptors }), bootstrap))
+        let kept = bootstrap.clone().into_client_hook();
+        Ok((Rc::new(Self { socket, descriptors, bootstrap: kept }), bootstrap))
+    }
+
+    /// The capability that the peer offers, as it was opened.
+    pub fn bootstrap<C: FromClientHook>(&self) -> C {
+        C::new(self.bootstrap.add_ref())
     }
 }
 

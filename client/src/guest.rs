@@ -7,8 +7,10 @@ use crate::debugger::Debugger;
 use crate::dump::CoreDump;
 use crate::error::ClientError;
 use crate::events::{Events, Sink};
+use crate::host::WeakHost;
 use crate::mem::Mem;
 use crate::serial::{ByteStream, Callback, Port, SerialOutput};
+use crate::snapshot::Snapshot;
 use crate::vsock::VsockEndpoint;
 use futures::FutureExt;
 use guest_schema::guest_capnp::{guest, guest_control, observer, subscription};
@@ -122,6 +124,7 @@ pub struct Control {
     client: guest_control::Client,
     opened: Option<SharedCall<()>>,
     kept: Kept,
+    host: WeakHost,
 }
 
 macro_rules! transitions {
@@ -150,8 +153,13 @@ macro_rules! inspect {
 }
 
 impl Control {
-    pub(crate) fn new(client: guest_control::Client, opened: Option<Call<()>>, kept: Kept) -> Self {
-        Self { client, opened: opened.map(FutureExt::shared), kept }
+    pub(crate) fn new(
+        client: guest_control::Client,
+        opened: Option<Call<()>>,
+        kept: Kept,
+        host: WeakHost,
+    ) -> Self {
+        Self { client, opened: opened.map(FutureExt::shared), kept, host }
     }
 
     /// Whether there is such a guest, with what led to a refusal.
@@ -202,6 +210,30 @@ impl Control {
             let refused = failure_beside(results.has_error(), results.get_error())?;
             let core = results.get_core()?;
             Ok(refused.map(|()| CoreDump::new(core, kept)))
+        })
+    }
+
+    /// Keeps the guest as it is at this moment, which it runs on from; one that is paused stays so. Answers when nothing can change the
+    /// snapshot any more. It is held through the connection to the service that the guest was launched or found over, and outlives the
+    /// guest; if that connection was closed before, it comes over the guest's own channel and ends with it.
+    ///
+    /// `snapshotNotSupported` (the detail says which units refuse and why), `notRunning` unless running or paused, `notSupported`
+    /// without a service, `limitExceeded` if the service keeps too many, `internalError` if the host has no room for it.
+    pub fn snapshot(&self) -> Call<Snapshot> {
+        let taken = Call::send(self.client.snapshot_request(), self.clone(), |results| {
+            if results.has_error() {
+                return Ok(Err(Failure::read(results.get_error()?)?));
+            }
+            Ok(Ok((results.get_snapshot()?, results.get_token()?.to_vec())))
+        });
+        let host = self.host.upgrade();
+        Call::around(async move {
+            // Held until there is another reference to it.
+            let (taken, token) = taken.await?;
+            match host {
+                Some(host) => host.snapshot(&token).await,
+                None => Ok(Snapshot::new(taken, &token, None)),
+            }
         })
     }
 

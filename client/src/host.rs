@@ -5,15 +5,18 @@ use crate::channel::Channel;
 use crate::error::{ClientError, ConnectError};
 use crate::guest::{Control, GuestExit, Observer};
 use crate::lifecycle::{Files, Lifecycle};
+use crate::snapshot::Snapshot;
 use capnp::capability::{Promise, Response};
 use capnp::traits::{Owned, Pipelined};
 use futures::FutureExt;
 use guest_schema::common_capnp::failure;
+use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::host_capnp::{guest_exit, guest_host, guest_info, host_info};
 use guest_schema::{Failure, Phase};
 use guest_transport::broken;
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
@@ -24,6 +27,42 @@ use tokio::task::spawn_local;
 pub struct Host {
     client: guest_host::Client,
     channel: Rc<Channel>,
+}
+
+/// A connection to guestd for as long as others keep it open.
+#[derive(Clone)]
+pub(crate) struct WeakHost(Weak<Channel>);
+
+impl WeakHost {
+    /// The connection, if it is open on this side.
+    pub fn upgrade(&self) -> Option<Host> {
+        let channel = self.0.upgrade()?;
+        Some(Host { client: channel.bootstrap(), channel })
+    }
+}
+
+/// A lease on its way, from the client's side.
+pub(crate) struct Lease {
+    client: guest_lifecycle::Client,
+    files: Files,
+    channel: Rc<Channel>,
+}
+
+impl Lease {
+    /// On a channel of its own, and the end of that for the VMM.
+    pub fn new() -> Result<(Self, OwnedFd), ClientError> {
+        let (ours, theirs) =
+            UnixStream::pair().map_err(|error| ClientError::local("cannot make a socket pair", error))?;
+        let theirs =
+            theirs.into_std().map_err(|error| ClientError::local("cannot hand over a socket", error))?;
+        let (channel, client) = Channel::open(ours)?;
+        Ok((Self { client, files: Files::Descriptors, channel }, theirs.into()))
+    }
+
+    /// Through the service, over the connection to it.
+    pub fn proxied(client: guest_lifecycle::Client, host: &Host) -> Self {
+        Self { client, files: Files::Served, channel: host.channel.clone() }
+    }
 }
 
 /// A guest that has been asked for.
@@ -97,19 +136,13 @@ impl Host {
     /// Launches a guest's VMM and hands it a channel of its own, on which this speaks at once. An empty id lets the service
     /// choose one. Fails only for want of descriptors; a refusal is told by what is returned.
     pub fn launch(&self, id: &str) -> Result<Launched, ClientError> {
-        let (ours, theirs) =
-            UnixStream::pair().map_err(|error| ClientError::local("cannot make a socket pair", error))?;
-        let theirs =
-            theirs.into_std().map_err(|error| ClientError::local("cannot hand over a socket", error))?;
-        let (channel, client) = Channel::open(ours)?;
+        let (lease, theirs) = Lease::new()?;
         let mut request = self.client.launch_request();
-        request.get().set_server_end(self.channel.descriptors.push(theirs.into()));
+        request.get().set_server_end(self.pass(theirs));
         request.get().set_id(id);
-        let (id, exit) = self.launched(request.send().promise, |results| {
+        Ok(self.launched(lease, request.send().promise, |results| {
             read_launched(results.has_error(), results.get_error(), results.get_id(), results.get_exit())
-        });
-        let lifecycle = Lifecycle::new(client, Files::Descriptors, channel, id.clone());
-        Ok(Launched { lifecycle, exit, id: Call::around(id) })
+        }))
     }
 
     /// The same with the lease going through the service, as for a client that cannot pass descriptors: every call costs one
@@ -118,17 +151,33 @@ impl Host {
         let mut request = self.client.launch_proxied_request();
         request.get().set_id(id);
         let sent = request.send();
-        let client = sent.pipeline.get_lifecycle();
-        let (id, exit) = self.launched(sent.promise, |results| {
+        let lease = Lease::proxied(sent.pipeline.get_lifecycle(), self);
+        self.launched(lease, sent.promise, |results| {
             read_launched(results.has_error(), results.get_error(), results.get_id(), results.get_exit())
-        });
-        let lifecycle = Lifecycle::new(client, Files::Served, self.channel.clone(), id.clone());
+        })
+    }
+
+    /// Sends a descriptor with the next message, which is to hold its number.
+    pub(crate) fn pass(&self, descriptor: OwnedFd) -> u64 {
+        self.channel.descriptors.push(descriptor)
+    }
+
+    /// What a launch over this connection comes to, whose answer is on its way.
+    pub(crate) fn launched<R: Pipelined + Owned + 'static>(
+        &self,
+        lease: Lease,
+        answer: Promise<Response<R>, capnp::Error>,
+        read: impl FnOnce(R::Reader<'_>) -> Read<(String, guest_exit::Client)> + 'static,
+    ) -> Launched {
+        let (id, exit) = self.id_and_exit(answer, read);
+        let Lease { client, files, channel } = lease;
+        let lifecycle = Lifecycle::new(client, files, channel, id.clone(), self.downgrade());
         Launched { lifecycle, exit, id: Call::around(id) }
     }
 
     /// Takes a launch's answer apart as soon as it comes, whoever waits for it. The answer of a proxied launch holds the lease:
     /// neither it nor a capability that is a promise of it may be left lying about.
-    fn launched<R: Pipelined + Owned + 'static>(
+    fn id_and_exit<R: Pipelined + Owned + 'static>(
         &self,
         answer: Promise<Response<R>, capnp::Error>,
         read: impl FnOnce(R::Reader<'_>) -> Read<(String, guest_exit::Client)> + 'static,
@@ -161,14 +210,14 @@ impl Host {
     pub fn find(&self, id: &str) -> Call<Found> {
         let mut request = self.client.find_request();
         request.get().set_id(id);
-        let kept = Some(self.channel.clone());
+        let (kept, host) = (Some(self.channel.clone()), self.downgrade());
         Call::send(request, (), move |results| {
             if results.has_error() {
                 return Ok(Err(Failure::read(results.get_error()?)?));
             }
             Ok(Ok(Found {
                 id: text(results.get_id()?),
-                control: Control::new(results.get_control()?, None, kept.clone()),
+                control: Control::new(results.get_control()?, None, kept.clone(), host),
                 observer: Observer::new(results.get_observer()?, None, kept.clone()),
                 exit: GuestExit::new(results.get_exit()?, kept),
             }))
@@ -180,6 +229,24 @@ impl Host {
         Call::send(self.client.list_request(), self.clone(), |results| {
             Ok(Ok(results.get_guests()?.iter().map(GuestInfo::read).collect::<capnp::Result<_>>()?))
         })
+    }
+
+    /// The snapshot with this token, for as long as anybody refers to it. `badConfig` if there is none.
+    pub fn snapshot(&self, token: &[u8]) -> Call<Snapshot> {
+        let mut request = self.client.snapshot_request();
+        request.get().set_token(token);
+        let (host, token) = (self.clone(), token.to_owned());
+        Call::send(request, (), move |results| {
+            if results.has_error() {
+                return Ok(Err(Failure::read(results.get_error()?)?));
+            }
+            Ok(Ok(Snapshot::new(results.get_snapshot()?, &token, Some(host))))
+        })
+    }
+
+    /// The same connection, without keeping it open.
+    pub(crate) fn downgrade(&self) -> WeakHost {
+        WeakHost(Rc::downgrade(&self.channel))
     }
 
     /// What the service says of itself.
@@ -214,7 +281,7 @@ impl HostInfo {
     }
 }
 
-fn read_launched(
+pub(crate) fn read_launched(
     refused: bool,
     failure: capnp::Result<failure::Reader<'_>>,
     id: capnp::Result<capnp::text::Reader<'_>>,

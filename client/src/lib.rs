@@ -1,7 +1,8 @@
 //! A typed asynchronous client of guestd.
 //!
 //! [`Host`] is a connection to guestd; [`Host::launch`] gives a [`Lifecycle`], the lease of one guest, over a channel of its own;
-//! [`Lifecycle::bind`] gives the [`Guest`], its user, and [`Lifecycle::control`] its operator.
+//! [`Lifecycle::bind`] gives the [`Guest`], its user, and [`Lifecycle::control`] its operator. [`Control::snapshot`] keeps the guest as it
+//! is; [`Snapshot::launch`] gives the lease of another that goes on from there.
 //!
 //! Everything here belongs to one thread and must be used inside a tokio `LocalSet`, which runs the connections: nothing is
 //! sent, and no answer arrives, while that set is not polled.
@@ -58,6 +59,7 @@ mod host;
 mod lifecycle;
 mod mem;
 mod serial;
+mod snapshot;
 mod vsock;
 
 pub use balloon::{Balloon, BalloonSize, MemoryStatistic};
@@ -74,14 +76,15 @@ pub use guest_schema::{
     AddressSpace, BlockConfig, BlockMode, Breakpoint, BreakpointAccess, ConsoleConfig, CpuidMask, DebugHalt,
     DebuggedVps, DeviceError, DevicesConfig, DiskSource, Event, EventKind, Exit, Failure, FileSource,
     GuestConfig, GuestError, GuestState, HaltReason, ImageFormat, LossPolicy, MacAddress, MemDeviceConfig,
-    MemoryConfig, NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits, Rendering,
-    SavedStateKind, SegmentRegister, StepOutcome, TableRegister, Transition, TransitionEnd, UnitConfig,
-    UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
+    MemoryConfig, MemoryKept, NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits,
+    Rendering, SavedStateKind, SegmentRegister, SnapshotInfo, StepOutcome, TableRegister, Transition,
+    TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
 };
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;
 pub use mem::{Mem, MemSize};
 pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};
+pub use snapshot::Snapshot;
 pub use vsock::{
     VsockEndpoint, VsockInput, VsockListener, VsockOutput, VsockRequest, VsockRequests, VsockReset,
     VsockStream, vsock_acceptor,

@@ -6,6 +6,7 @@ use crate::channel::Channel;
 use crate::error::ClientError;
 use crate::file::FileServer;
 use crate::guest::{Control, Guest};
+use crate::host::WeakHost;
 use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::{BlockMode, DiskSource, Failure, FileSource, GuestConfig, ImageFormat};
 use std::os::fd::OwnedFd;
@@ -31,18 +32,20 @@ pub struct Lifecycle {
     channel: Rc<Channel>,
     launched: SharedCall<String>,
     lease: watch::Sender<()>,
+    host: WeakHost,
 }
 
 impl Lifecycle {
     /// `channel` carries the capability: the guest's own, or the host's for one that is proxied. `launched` is the answer of
-    /// the launch.
+    /// the launch, and `host` the connection that it was asked over.
     pub(crate) fn new(
         client: guest_lifecycle::Client,
         files: Files,
         channel: Rc<Channel>,
         launched: SharedCall<String>,
+        host: WeakHost,
     ) -> Self {
-        Self { client, files, channel, launched, lease: watch::Sender::new(()) }
+        Self { client, files, channel, launched, lease: watch::Sender::new(()), host }
     }
 
     /// Makes an open regular file, memfd or block device part of a config for this lifecycle: its descriptor goes with the next message, or,
@@ -121,7 +124,7 @@ impl Lifecycle {
         let opened = Call::answer(sent.promise, (), |results| {
             failure_beside(results.has_error(), results.get_error())
         });
-        Control::new(sent.pipeline.get_control(), Some(self.leased(opened)), None)
+        Control::new(sent.pipeline.get_control(), Some(self.leased(opened)), None, self.host.clone())
     }
 
     /// The call, as long as the lease lasts. A pending call would keep a proxied lease alive, and a launch that was refused

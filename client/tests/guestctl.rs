@@ -67,26 +67,25 @@ impl Service {
         command
     }
 
-    /// The same with no signal ignored, whatever the tests were started with (`nohup` ignores one).
-    fn run_with_signals(&self, arguments: &[&str]) -> Command {
-        let run = self.run(arguments);
-        let mut command = Command::new("env");
-        command.arg("--default-signal=HUP,INT,TERM").arg(run.get_program()).args(run.get_args());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        for (name, value) in run.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        command
-    }
-
     fn run(&self, arguments: &[&str]) -> Command {
         let mut command = self.command(&["run", "--kernel"]);
         command.arg(self.path("kernel")).args(arguments);
         command
     }
+}
+
+/// The same with no signal ignored, whatever the tests were started with (`nohup` ignores one).
+fn with_signals(inner: &Command) -> Command {
+    let mut command = Command::new("env");
+    command.arg("--default-signal=HUP,INT,TERM").arg(inner.get_program()).args(inner.get_args());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for (name, value) in inner.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
 }
 
 fn serve(listener: UnixListener) {
@@ -254,11 +253,79 @@ fn a_failed_guest_ends_with_1_and_its_failure() {
     assert_eq!(json(&text(&refused.stderr))["code"], "badConfig");
 }
 
+impl Service {
+    /// Forks of its guest, whose disk is granted.
+    fn fork(&self, arguments: &[&str]) -> Command {
+        let mut command = self.command(&["fork", "on", "--disk"]);
+        command.arg(format!("path={},volatile=on", self.path("kernel").display())).args(arguments);
+        command
+    }
+}
+
+#[test]
+fn forks_run_and_end_each_for_itself() {
+    let service = Service::start();
+    for arguments in [&[][..], &["--proxied"]] {
+        let one = ends(service.fork(&[&["--name", "a"], arguments].concat()), 0, "a-1 has ended: clean");
+        assert_eq!(text(&one.stdout), "a-1\n");
+    }
+    // The second crashes, which is told and makes the status.
+    let two = ends(service.fork(&["--name=a", "--count=2"]), 1, "a-2 has ended: crashed: vcpuRuntimeFailure");
+    let mut ids: Vec<_> = text(&two.stdout).lines().map(str::to_owned).collect();
+    ids.sort();
+    assert_eq!(ids, ["a-1", "a-2"]);
+    let told = text(&ends(service.fork(&["--name=a", "--count=2", "--json"]), 1, "").stdout);
+    let of = |id: &str| {
+        let events = told.lines().map(json).filter(|event| event["id"] == id);
+        events.map(|event| (event["event"].clone(), event["outcome"].clone())).collect::<Vec<_>>()
+    };
+    for (id, outcome) in [("a-1", "clean"), ("a-2", "crashed")] {
+        let expected = [("running".into(), serde_json::Value::Null), ("ended".into(), outcome.into())];
+        assert_eq!(of(id), expected, "{told}");
+    }
+}
+
+#[test]
+fn a_signal_ends_all_forks() {
+    let service = Service::start();
+    let mut child = with_signals(&service.fork(&["--count", "2"])).spawn().expect("started");
+    let mut stdout = child.stdout.take().expect("piped");
+    let mut bytes = [0; "chosen\n".len() * 2];
+    stdout.read_exact(&mut bytes).expect("both run");
+    kill(&child, Signal::INT);
+    let output = child.wait_with_output().expect("waited for");
+    assert_eq!((output.status.code(), text(&bytes)), (Some(130), "chosen\nchosen\n".into()));
+    let ended = text(&output.stderr).matches("chosen has ended: forced").count();
+    assert_eq!(ended, 2, "{}", text(&output.stderr));
+}
+
+#[test]
+fn forks_that_cannot_be_say_why() {
+    let service = Service::start();
+    let no_disk = "guestctl: one has 1 disks (root): it takes as many --disk, in the same order\n";
+    ends(service.command(&["fork", "one"]), 2, no_disk);
+    ends(
+        service.fork(&["--net", "passt=/no/such/socket"]),
+        2,
+        "one has 0 network devices: it takes as many --net",
+    );
+    let image = service.path("kernel").display().to_string();
+    let written = format!("path={image}");
+    let shared = service.command(&["fork", "one", "--count=2", "--disk", &written]);
+    ends(shared, 2, &format!("--disk path={image}: 2 guests cannot write one image"));
+    let missing = service.command(&["fork", "one", "--disk", "path=/no/such/image"]);
+    ends(missing, 2, "--disk path=/no/such/image: No such file");
+    ends(service.command(&["fork", "two"]), 1, "guestctl: badConfig: id: there is no guest \"two\"");
+    let mut unread = service.fork(&["--name=a"]).spawn().expect("started");
+    drop(unread.stdout.take());
+    assert_eq!(unread.wait().expect("waited for").code(), Some(141));
+}
+
 #[test]
 fn signals_stop_the_guest() {
     let service = Service::start();
     for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
-        let running = Running::start(service.run_with_signals(&["--json"]));
+        let running = Running::start(with_signals(&service.run(&["--json"])));
         running.signal(signal);
         let (ended, _, error) = running.ended();
         assert_eq!(ended, Some(status));
@@ -428,7 +495,7 @@ fn a_terminal_is_raw_for_the_guest_and_given_back() {
     assert_eq!(terminal.ended(), Some(0));
 
     for (signal, status) in [(Signal::TERM, 143), (Signal::HUP, 129), (Signal::INT, 130)] {
-        let terminal = Terminal::start(&service.run_with_signals(&[]));
+        let terminal = Terminal::start(&with_signals(&service.run(&[])));
         kill(&terminal.child, signal);
         assert_eq!(terminal.ended(), Some(status));
     }

@@ -4,10 +4,10 @@ mod fake;
 
 use capnp::traits::HasTypeId;
 use capnp_rpc::rpc_capnp::{call, message};
-use fake::{HostServer, Machine};
+use fake::{HostServer, Machine, TOKEN};
 use guest_client::{
-    Callback, ClientError, ConnectError, DevicesConfig, Exit, GuestConfig, GuestError, Host, MemoryConfig,
-    OnReset, Outcome, Phase, SerialChunk, VpAffinity, VpState,
+    BlockConfig, BlockMode, Callback, ClientError, ConnectError, DevicesConfig, Exit, GuestConfig,
+    GuestError, Host, MemoryConfig, OnReset, Outcome, Phase, SerialChunk, VpAffinity, VpState,
 };
 use guest_schema::common_capnp::byte_stream;
 use guest_schema::guest_capnp::{guest, guest_lifecycle};
@@ -310,6 +310,92 @@ async fn a_guest_outlives_the_connection_to_the_service() {
         let state = launched.lifecycle.control().observer().state().await.expect("a state");
         assert_eq!((state.phase, &state.vps[..], state.resets), (Phase::Empty, &[VpState::Halted][..], 1));
         assert_eq!(machine.log(), ["create", "control"]);
+    })
+    .await;
+}
+
+/// What a guest of the fake's snapshot is granted: its disk.
+fn grants(lifecycle: &guest_client::Lifecycle) -> GuestConfig {
+    let image = lifecycle.file(file_with(&[0; 512]));
+    let block = vec![BlockConfig::raw(image, BlockMode::VolatileWrite)];
+    GuestConfig { devices: DevicesConfig { block, ..DevicesConfig::default() }, ..GuestConfig::new(None, 0) }
+}
+
+#[tokio::test]
+async fn guests_go_on_from_a_snapshot_after_its_guests_end() {
+    locally(async {
+        let (host, machine) = host();
+        let lifecycle = host.launch("one").expect("sent").lifecycle;
+        lifecycle.create(&config(None, 1)).await.expect("created");
+        let snapshot = lifecycle.control().snapshot().await.expect("taken");
+        assert_eq!(snapshot.token(), TOKEN);
+        drop(lifecycle);
+        machine.lease_ended().await;
+        let info = snapshot.info().await.expect("an info");
+        // The capability that came over the guest's channel would say 0.
+        assert_eq!((info.vps, &info.disks[..]), (2, &["root".to_owned()][..]));
+        let direct = snapshot.launch("two").expect("sent");
+        let proxied = snapshot.launch_proxied("three-1").expect("sent");
+        // They need neither the snapshot nor, unless they are proxied, the connection.
+        drop((snapshot, host));
+        for (launched, outcome) in [(proxied, Outcome::Clean), (direct, Outcome::Forced)] {
+            let created = launched.lifecycle.create(&grants(&launched.lifecycle));
+            let ended = launched.lifecycle.run();
+            launched.id.await.expect("launched");
+            created.await.expect("created");
+            if outcome == Outcome::Forced {
+                launched.lifecycle.stop().await.expect("stopped");
+            }
+            assert_eq!(ended.await.is_ok(), outcome == Outcome::Clean);
+            assert_eq!(launched.exit.terminated().await.expect("known").outcome, outcome);
+        }
+        assert_eq!(machine.forks().len(), 2);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_snapshot_without_its_connection_launches_nothing_until_it_is_found_again() {
+    locally(async {
+        let (host, machine) = host();
+        let lifecycle = host.launch("one").expect("sent").lifecycle;
+        lifecycle.create(&config(None, 1)).await.expect("created");
+        let control = lifecycle.control();
+        control.opened().await.expect("opened");
+        drop(host);
+        let snapshot = control.snapshot().await.expect("taken");
+        assert_eq!(snapshot.info().await.expect("an info").vps, 0, "it came over the guest's channel");
+        for refused in [snapshot.launch("two").err(), snapshot.launch_proxied("two").err()] {
+            match refused {
+                Some(ClientError::Local { reason, .. }) => assert!(reason.contains("token"), "{reason}"),
+                other => panic!("launched without a connection: {other:?}"),
+            }
+        }
+        let other = Host::over(HostServer::start(&machine)).expect("a connection");
+        let found = other.snapshot(snapshot.token()).await.expect("found");
+        assert_eq!(found.launch("two").expect("sent").id.await.expect("launched"), "two");
+        assert_eq!(refusal(other.snapshot(b"another").await.map(drop)).code, GuestError::BadConfig);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_refused_snapshot_and_a_refused_fork_say_why() {
+    locally(async {
+        let (host, machine) = host();
+        let found = host.find("one").await.expect("found");
+        // What was found keeps the connection open.
+        drop(host);
+        let snapshot = found.control.snapshot().await.expect("taken");
+        let fork = snapshot.launch("taken").expect("sent");
+        let created = fork.lifecycle.create(&grants(&fork.lifecycle));
+        assert_eq!(refusal(created.await).code, GuestError::BadConfig);
+        assert_eq!(refusal(fork.id.await).code, GuestError::BadConfig);
+        let fork = snapshot.launch("fork").expect("sent");
+        let created = fork.lifecycle.create(&config(None, 1)).await;
+        assert_eq!(refusal(created).detail, "0 disks are not the snapshot's");
+        machine.end(Exit::clean("powered off"));
+        assert_eq!(refusal(found.control.snapshot().await.map(drop)).code, GuestError::NotRunning);
     })
     .await;
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Write;
 
 use anyhow::{Context, anyhow};
-use guest_client::{ByteStream, ClientError, Guest, GuestExit, Host, Launched, Lifecycle};
+use guest_client::{ByteStream, ClientError, Guest, GuestExit, Host, Launched, Lifecycle, Snapshot};
 use guest_schema::{GuestConfig, GuestError};
 use processor::scripted::Script;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -156,10 +156,23 @@ impl Stage {
     /// Launches a VMM. No guest is created yet.
     pub async fn launch(&self, id: &str) -> anyhow::Result<Player> {
         let host = self.service.connect().await?;
-        let Launched { lifecycle, exit, id } = match self.channel {
+        let launched = match self.channel {
             Channel::Direct => host.launch(id)?,
             Channel::Proxied => host.launch_proxied(id),
         };
+        self.player(launched, host).await
+    }
+
+    /// Launches a VMM whose guest goes on from a snapshot that was taken over a connection. No guest is created yet.
+    pub async fn launch_from(&self, snapshot: &Snapshot, host: &Host, id: &str) -> anyhow::Result<Player> {
+        let launched = match self.channel {
+            Channel::Direct => snapshot.launch(id)?,
+            Channel::Proxied => snapshot.launch_proxied(id)?,
+        };
+        self.player(launched, host.clone()).await
+    }
+
+    async fn player(&self, Launched { lifecycle, exit, id }: Launched, host: Host) -> anyhow::Result<Player> {
         Ok(Player { kind: self.kind, id: id.await?, lifecycle, exit, host })
     }
 }
@@ -207,13 +220,19 @@ impl Player {
 
     /// The same with any config.
     pub async fn play_config(&self, config: &GuestConfig) -> anyhow::Result<Running> {
+        let running = self.run_config(config).await?;
+        running.console.saw("READY").await?;
+        Ok(running)
+    }
+
+    /// The same without waiting for any words.
+    pub async fn run_config(&self, config: &GuestConfig) -> anyhow::Result<Running> {
         let created = self.lifecycle.create(config);
         let guest = self.lifecycle.bind();
         let console = Console::default();
         let input = guest.serial(console.writer());
         let run = self.lifecycle.run();
         created.await?;
-        console.saw("READY").await?;
         Ok(Running { guest, console, input, run })
     }
 

@@ -1,4 +1,4 @@
-//! The options of `guestctl run` for devices.
+//! The options of `guestctl run` and `fork` for devices.
 
 mod mem;
 mod net;
@@ -81,6 +81,28 @@ impl DeviceOptions {
             console: self.console.clone(),
             mem: self.mem,
         })
+    }
+}
+
+/// What a guest that goes on from a snapshot is granted for the devices that it has.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Devices")]
+pub struct GrantOptions {
+    /// The image of its next disk, as `run` takes it: path=FILE, then any of format=qcow2, readonly=on, volatile=on (what the guest
+    /// writes stays in memory and ends with it); given again for each of its disks, in their order
+    #[arg(long, value_name = "DISK", value_parser = disk::parse)]
+    pub disk: Vec<Disk>,
+    /// The back end of its next network device, as `run` takes it; given again for each of them, in their order
+    #[arg(long, value_name = "BACKEND", value_parser = net::parse)]
+    pub net: Vec<NetOption>,
+}
+
+impl GrantOptions {
+    /// Opens what they name, with the user's own rights.
+    pub fn open(&self) -> Outcome<OpenDevices> {
+        let disks = self.disk.iter().map(Disk::open).collect::<Outcome<_>>()?;
+        let net = self.net.iter().map(NetOption::open).collect::<Outcome<_>>()?;
+        Ok(OpenDevices { disks, net, rng: false, balloon: false, console: None, mem: None })
     }
 }
 

@@ -61,10 +61,20 @@ pub struct OpenDisk {
 }
 
 impl Disk {
+    /// The image.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the guest writes to the image.
+    pub fn is_written(&self) -> bool {
+        self.mode == BlockMode::ReadWrite
+    }
+
     /// Opens the image with the user's own rights: for writing only if the guest may.
     pub fn open(&self) -> Outcome<OpenDisk> {
         let mut options = OpenOptions::new();
-        options.read(true).write(self.mode == BlockMode::ReadWrite);
+        options.read(true).write(self.is_written());
         let image = options.open(&self.path).map_err(|error| unusable(&self.path, &error))?;
         Ok(OpenDisk { disk: self.clone(), image })
     }

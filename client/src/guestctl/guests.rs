@@ -85,7 +85,7 @@ pub async fn wait(host: &Host, id: &str, out: &Out) -> Outcome {
 }
 
 /// How a guest has ended, as a line, and what it has reported, as another.
-fn end(id: &str, exit: &Exit) -> String {
+pub fn end(id: &str, exit: &Exit) -> String {
     let how = exit.outcome.name();
     let failure = exit.failure().map_or_else(|| exit.detail.clone(), |failure| failure.to_string());
     let reason = if failure.is_empty() { String::new() } else { format!(": {failure}") };

@@ -1,6 +1,6 @@
 //! guestctl: guests from the command line.
 //!
-//! A module per command or kind of commands (`run`, `demo`, `guests`, `look`, `dump`, `debug`), and
+//! A module per command or kind of commands (`run`, `fork`, `demo`, `guests`, `look`, `dump`, `debug`), and
 //! what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
@@ -12,6 +12,7 @@ mod disk;
 mod dump;
 mod duration;
 mod ending;
+mod fork;
 mod guests;
 mod look;
 mod options;
@@ -62,6 +63,7 @@ fn perform(options: &Options) -> Outcome {
 async fn command(options: &Options, out: &Out) -> Outcome {
     match &options.command {
         Command::Run(run) => run::run(options, run, out).await,
+        Command::Fork(fork) => fork::fork(&service::running(options).await?, fork, out).await,
         Command::Demo => demo::demo(options, out).await,
         Command::Ps { json } => guests::ps(&service::running(options).await?, *json, out).await,
         Command::Info { json } => guests::info(&service::running(options).await?, *json, out).await,

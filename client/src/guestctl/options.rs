@@ -2,6 +2,7 @@
 
 use crate::debug::Gdb;
 use crate::devices::{DeviceOptions, NET};
+use crate::fork::Fork;
 use crate::{cpus, duration, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -16,6 +17,7 @@ Examples:
   echo poweroff | guestctl run       the same without a terminal
   guestctl run --kernel vmlinuz --initrd initrd --cmdline console=ttyS0 --cpus 2 --memory 1G
   guestctl ps                        the guests of a running guestd
+  guestctl fork web --count 3        three more that go on from where `web` is
   guestctl stop web                  stop the guest whose id begins with `web`
 
 Exit status: 0 success; 1 the guest failed, its kernel panicked, or the request was refused; 2 wrong usage; 3 no KVM or no service; 128 + N after \
@@ -74,6 +76,8 @@ pub struct Options {
 pub enum Command {
     /// Boot a guest, with its serial line here, until it ends
     Run(Box<Run>),
+    /// Launch guests that go on from where another one is, and stay until they have ended
+    Fork(Box<Fork>),
     /// A tour of a guest's life with the built-in guest
     Demo,
     /// List the guests of the running guestd

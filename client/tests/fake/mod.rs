@@ -2,6 +2,10 @@
 //!
 //! Its guest prints the kernel it was given, then everything that it is sent; it ends when it reads `poweroff` or `crash`.
 
+mod snapshot;
+
+pub use snapshot::TOKEN;
+
 use capnp::capability::Promise;
 use guest_client::{Exit, Failure, FileSource, GuestConfig, GuestError, GuestState, Phase, VpState};
 use guest_schema::common_capnp::file;
@@ -9,6 +13,7 @@ use guest_schema::common_capnp::{byte_stream, output_sink};
 use guest_schema::guest_capnp::{guest, guest_control, guest_lifecycle, observer};
 use guest_schema::host_capnp::{guest_exit, guest_host};
 use guest_transport::{Connection, Descriptors, Limits, broken};
+use snapshot::{DISKS, Snapshot};
 use std::cell::RefCell;
 use std::io::{Read, Seek};
 use std::rc::Rc;
@@ -25,11 +30,26 @@ struct State {
     phase: watch::Sender<(Phase, Option<Exit>)>,
     outputs: RefCell<Vec<output_sink::Client>>,
     pub log: RefCell<Vec<&'static str>>,
+    /// Of one that was launched from a snapshot.
+    fork: Option<Fork>,
+    forks: RefCell<Vec<Machine>>,
+}
+
+/// What a machine has that was launched from a snapshot.
+struct Fork {
+    /// How it ends at once when it runs, if it does.
+    fate: Option<Exit>,
 }
 
 impl Machine {
     pub fn new() -> Self {
+        Self::with(None)
+    }
+
+    fn with(fork: Option<Fork>) -> Self {
         Self(Rc::new(State {
+            fork,
+            forks: RefCell::default(),
             created: RefCell::new(Err(Failure::new(GuestError::NotCreated, "nothing was created"))),
             phase: watch::Sender::new((Phase::Empty, None)),
             outputs: RefCell::default(),
@@ -40,6 +60,24 @@ impl Machine {
     /// The calls in the order in which they came.
     pub fn log(&self) -> Vec<&'static str> {
         self.0.log.borrow().clone()
+    }
+
+    /// What was launched from this machine's snapshot.
+    pub fn forks(&self) -> Vec<Machine> {
+        self.0.forks.borrow().clone()
+    }
+
+    /// Another that goes on from this one's snapshot: those whose id ends in -1 end cleanly as soon as they run, those in -2 crash.
+    fn fork(&self, id: &str) -> Machine {
+        let crash = || Exit::crashed(&Failure::new(GuestError::VcpuRuntimeFailure, "VP 0: triple fault"));
+        let fate = match id.rsplit_once('-') {
+            Some((_, "1")) => Some(Exit::clean("powered off")),
+            Some((_, "2")) => Some(crash()),
+            _ => None,
+        };
+        let fork = Machine::with(Some(Fork { fate }));
+        self.0.forks.borrow_mut().push(fork.clone());
+        fork
     }
 
     /// Resolves when the lease has ended.
@@ -56,7 +94,8 @@ impl Machine {
         Some(Failure::new(GuestError::NotCreated, "there is no guest").caused_by(cause))
     }
 
-    fn end(&self, exit: Exit) {
+    /// Ends the guest.
+    pub fn end(&self, exit: Exit) {
         self.0.outputs.borrow_mut().clear();
         self.0.phase.send_replace((Phase::Terminated, Some(exit)));
     }
@@ -135,7 +174,10 @@ impl guest_lifecycle::Server for Lifecycle {
         let _turn = self.turn.lock().await;
         self.machine.saw("create");
         let config = GuestConfig::read(params.get()?.get_config()?)?.config;
-        let created = if config.cpus == 0 {
+        let disks = config.devices.block.len();
+        let created = if self.machine.0.fork.is_some() && (config.kernel.is_some() || disks != DISKS.len()) {
+            Err(Failure::new(GuestError::BadConfig, format!("{disks} disks are not the snapshot's")))
+        } else if config.cpus == 0 {
             Err(Failure::new(GuestError::BadConfig, "cpus: 0 is not 1 to 254"))
         } else {
             Ok(self.kernel(config.kernel).await?)
@@ -175,6 +217,9 @@ impl guest_lifecycle::Server for Lifecycle {
             None => {
                 self.machine.0.phase.send_replace((Phase::Running, None));
                 drop(turn);
+                if let Some(Fork { fate: Some(fate) }) = &self.machine.0.fork {
+                    self.machine.end(fate.clone());
+                }
                 self.machine.ended().await.failure().map_or(Ok(()), Err)
             }
         };
@@ -357,6 +402,23 @@ impl guest_control::Server for Control {
         Ok(())
     }
 
+    /// Its capability is none that launches.
+    async fn snapshot(
+        self: Rc<Self>,
+        _: guest_control::SnapshotParams,
+        mut results: guest_control::SnapshotResults,
+    ) -> capnp::Result<()> {
+        self.0.saw("snapshot");
+        if self.0.0.phase.borrow().0 == Phase::Terminated {
+            let failure = Failure::new(GuestError::NotRunning, "the guest has ended");
+            failure.write(results.get().init_error());
+            return Ok(());
+        }
+        results.get().set_token(TOKEN);
+        results.get().set_snapshot(capnp_rpc::new_client(Snapshot(self.0.clone(), None)));
+        Ok(())
+    }
+
     async fn dump(
         self: Rc<Self>,
         _: guest_control::DumpParams,
@@ -376,7 +438,6 @@ impl guest_control::Server for Control {
     }
 }
 
-/// What there is to be updated: the node `greeting`, in upper case.
 /// The size of the core dump: neither a multiple of what is read at a time nor of a page.
 pub const CORE_BYTES: u64 = (3 << 20) + 77;
 
@@ -406,6 +467,7 @@ impl file::Server for Core {
     }
 }
 
+/// What there is to be updated: the node `greeting`, in upper case.
 fn updated(path: &str, value: &str) -> Result<String, Failure> {
     match path {
         "greeting" => Ok(value.to_uppercase()),
@@ -520,6 +582,21 @@ impl guest_host::Server for HostServer {
         results.set_control(capnp_rpc::new_client(Control(self.machine.clone())));
         results.set_observer(capnp_rpc::new_client(Observer(self.machine.clone())));
         results.set_exit(capnp_rpc::new_client(ExitOf(self.machine.clone())));
+        Ok(())
+    }
+
+    async fn snapshot(
+        self: Rc<Self>,
+        params: guest_host::SnapshotParams,
+        mut results: guest_host::SnapshotResults,
+    ) -> capnp::Result<()> {
+        if params.get()?.get_token()? != TOKEN {
+            let failure = Failure::new(GuestError::BadConfig, "token: no snapshot has it");
+            failure.write(results.get().init_error());
+            return Ok(());
+        }
+        let found = Snapshot(self.machine.clone(), Some(self.descriptors.clone()));
+        results.get().set_snapshot(capnp_rpc::new_client(found));
         Ok(())
     }
 

@@ -1,0 +1,82 @@
+//! Snapshots: guests at one moment, from which others go on.
+
+use crate::call::{Call, failure_beside};
+use crate::error::ClientError;
+use crate::host::{Host, Launched, Lease, read_launched};
+use guest_schema::SnapshotInfo;
+use guest_schema::snapshot_capnp::snapshot;
+use std::rc::Rc;
+
+/// A guest at one moment, which the service keeps; immutable. It outlives its guest, and lasts for as long as anybody refers to it and
+/// the service runs. Clones share one reference.
+///
+/// A guest is launched from it as by the [`Host`], and goes on from here with its first `run`. The config of its `create` carries grants
+/// only: a source for each disk and a back end for each network device, in the order of the snapshot's, each disk's mode, the listeners
+/// of the vsock device, and the units that clients implement. All else is the snapshot's and is not looked at; a kernel is `badConfig`.
+/// `create` may also be refused with `snapshotIncompatible` (the host lacks what the guest has; the detail names it) and
+/// `snapshotCorrupt`.
+#[derive(Clone)]
+pub struct Snapshot {
+    client: snapshot::Client,
+    token: Rc<[u8]>,
+    host: Option<Host>,
+}
+
+impl Snapshot {
+    /// `host` is the connection that the capability came over; none for one that came over its guest's channel.
+    pub(crate) fn new(client: snapshot::Client, token: &[u8], host: Option<Host>) -> Self {
+        Self { client, token: token.into(), host }
+    }
+
+    /// What others of the same user find it by, for as long as anybody refers to it: [`Host::snapshot`].
+    pub fn token(&self) -> &[u8] {
+        &self.token
+    }
+
+    /// What it has.
+    pub fn info(&self) -> Call<SnapshotInfo> {
+        Call::send(self.client.info_request(), self.clone(), |results| {
+            let refused = failure_beside(results.has_error(), results.get_error())?;
+            let info = SnapshotInfo::read(results.get_info()?)?;
+            Ok(refused.map(|()| info))
+        })
+    }
+
+    /// As [`Host::launch`], of a guest that goes on from here.
+    ///
+    /// # Errors
+    /// As `Host::launch`, and if this came over its guest's channel, because the connection to the service was closed before: find it by
+    /// its token then.
+    pub fn launch(&self, id: &str) -> Result<Launched, ClientError> {
+        let host = self.host()?;
+        let (lease, theirs) = Lease::new()?;
+        let mut request = self.client.launch_request();
+        request.get().set_server_end(host.pass(theirs));
+        request.get().set_id(id);
+        Ok(host.launched(lease, request.send().promise, |results| {
+            read_launched(results.has_error(), results.get_error(), results.get_id(), results.get_exit())
+        }))
+    }
+
+    /// As [`Host::launch_proxied`], of a guest that goes on from here.
+    ///
+    /// # Errors
+    /// If this came over its guest's channel, as in [`Self::launch`].
+    pub fn launch_proxied(&self, id: &str) -> Result<Launched, ClientError> {
+        let host = self.host()?;
+        let mut request = self.client.launch_proxied_request();
+        request.get().set_id(id);
+        let sent = request.send();
+        let lease = Lease::proxied(sent.pipeline.get_lifecycle(), host);
+        Ok(host.launched(lease, sent.promise, |results| {
+            read_launched(results.has_error(), results.get_error(), results.get_id(), results.get_exit())
+        }))
+    }
+
+    fn host(&self) -> Result<&Host, ClientError> {
+        self.host.as_ref().ok_or_else(|| ClientError::Local {
+            what: "cannot launch from a snapshot",
+            reason: "it came over its guest's channel: find it by its token".into(),
+        })
+    }
+}
