@@ -6,12 +6,14 @@
 use crate::devices::GrantOptions;
 use crate::ending::{self, FAILED, Outcome, Trouble};
 use crate::guests;
+use crate::options::Attachment;
 use crate::out::Out;
+use crate::run::{Seat, go_on};
 use crate::signals::Signals;
 use clap::Args;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use guest_client::{Call, ClientError, Exit, GuestConfig, Host, Launched, Snapshot, SnapshotInfo};
+use guest_client::{Call, ClientError, Exit, GuestConfig, Host, Launched, Lifecycle, Snapshot, SnapshotInfo};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -26,6 +28,7 @@ The forks are this command's: it stays until the last has ended, and Ctrl-C ends
 
 Examples:
   guestctl fork web
+  guestctl fork web --attach                                    (its terminal is here; Ctrl-] q leaves)
   guestctl fork web --count 10 --name worker                    (worker-1 to worker-10)
   guestctl fork web --count 3 --disk path=copy.img,volatile=on --net passt";
 
@@ -38,9 +41,19 @@ pub struct Fork {
     /// How many guests
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub count: u32,
-    /// Their ids: PREFIX-1, PREFIX-2 and so on [default: the service chooses them]
+    /// Their ids: PREFIX-1, PREFIX-2 and so on, or PREFIX of one with --attach [default: the service chooses them]
     #[arg(long, value_name = "PREFIX")]
     pub name: Option<String>,
+    /// Have the one fork's serial line here, as `run` has, or with a value what `run --attach` takes
+    #[arg(
+        long,
+        value_name = "WHAT",
+        num_args = 0..=1,
+        default_missing_value = "serial",
+        value_parser = Attachment::parse,
+        conflicts_with_all = ["count"]
+    )]
+    pub attach: Option<Attachment>,
     /// Print what becomes of them as JSON
     #[arg(long)]
     pub json: bool,
@@ -57,6 +70,16 @@ impl Fork {
         let id = |number| self.name.as_ref().map_or_else(String::new, |name| format!("{name}-{number}"));
         (1..=self.count).map(id)
     }
+
+    fn launch(&self, snapshot: &Snapshot, id: &str) -> Outcome<Launched> {
+        Ok(if self.proxied { snapshot.launch_proxied(id)? } else { snapshot.launch(id)? })
+    }
+
+    /// What a fork is granted.
+    fn config(&self, lifecycle: &Lifecycle) -> Outcome<GuestConfig> {
+        let devices = self.grants.open()?.config(lifecycle)?;
+        Ok(GuestConfig { devices, ..GuestConfig::new(None, 0) })
+    }
 }
 
 /// Launches guests from a snapshot of this one, and stays until they have ended.
@@ -66,6 +89,9 @@ pub async fn fork(host: &Host, options: &Fork, out: &Out) -> Outcome {
         taken = take(host, options) => taken?,
         signal = signals.next() => return Err(Trouble::Interrupted(signal)),
     };
+    if let Some(attach) = &options.attach {
+        return attached(&snapshot, options, attach, &mut signals, out).await;
+    }
     let (stop, stopping) = watch::channel(false);
     let lives = options.ids().map(|id| Life::begin(&snapshot, options, &id));
     let lives = lives.collect::<Outcome<Vec<_>>>()?;
@@ -88,6 +114,21 @@ pub async fn fork(host: &Host, options: &Fork, out: &Out) -> Outcome {
             }
         }
     }
+}
+
+/// One guest that goes on with its terminal here.
+async fn attached(
+    snapshot: &Snapshot,
+    options: &Fork,
+    attach: &Attachment,
+    signals: &mut Signals,
+    out: &Out,
+) -> Outcome {
+    let name = options.name.as_deref().unwrap_or_default();
+    let launched = options.launch(snapshot, name)?;
+    let seat = Seat { name, attach, no_stdin: false };
+    let report = go_on(launched, |lifecycle| options.config(lifecycle), &seat, signals, out).await?;
+    report.tell(options.json)
 }
 
 /// A snapshot of the guest, whose devices are all granted.
@@ -132,10 +173,8 @@ struct Life {
 impl Life {
     /// Sends launch, create and run.
     fn begin(snapshot: &Snapshot, options: &Fork, id: &str) -> Outcome<Self> {
-        let devices = options.grants.open()?;
-        let launched = if options.proxied { snapshot.launch_proxied(id)? } else { snapshot.launch(id)? };
-        let devices = devices.config(&launched.lifecycle)?;
-        let created = launched.lifecycle.create(&GuestConfig { devices, ..GuestConfig::new(None, 0) });
+        let launched = options.launch(snapshot, id)?;
+        let created = launched.lifecycle.create(&options.config(&launched.lifecycle)?);
         let running = launched.lifecycle.run();
         Ok(Self { name: id.to_owned(), launched, created, _running: running })
     }

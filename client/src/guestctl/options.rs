@@ -392,7 +392,8 @@ pub enum Attachment {
 }
 
 impl Attachment {
-    fn parse(text: &str) -> Result<Self, String> {
+    /// Reads `serial`, `console` or `port=NAME`.
+    pub fn parse(text: &str) -> Result<Self, String> {
         match (text, text.strip_prefix("port=")) {
             ("serial", _) => Ok(Self::Serial),
             ("console", _) => Ok(Self::Console),

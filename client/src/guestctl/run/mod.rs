@@ -15,19 +15,20 @@ mod window;
 use crate::ending::{Outcome, Trouble};
 use crate::options::{Attachment, Options, Run};
 use crate::out::Out;
-use crate::service::{self, Launcher};
+use crate::service;
 use crate::signals::Signals;
 use files::Files;
 use guest_client::{Call, ClientError, Exit, GuestConfig, GuestExit, Launched, Lifecycle, MemoryConfig};
 use input::Input;
 use output::Output;
-use report::{Clock, Ended, Report, Timings};
+use report::{Clock, Ended, Timings};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use vsock::Bridge;
 use window::Window;
 
 pub use files::{builtin_guest, in_memory};
+pub use report::Report;
 pub use vsock::VsockOption;
 
 /// How long the service may take to tell how a guest ended whose channel was lost.
@@ -45,9 +46,32 @@ pub async fn run(options: &Options, run: &Run, out: &Out) -> Outcome {
     let bridge = run.devices.vsock.as_ref().map(Bridge::open).transpose()?;
     let mut signals = Signals::watch()?;
     let launcher = service::running_or_private(options).await?;
-    let report = Life::begin(&launcher, run, files, bridge, out)?.live(&mut signals).await?;
+    let clock = Clock::start();
+    let host = &launcher.host;
+    let launched = if run.proxied { host.launch_proxied(&run.name) } else { host.launch(&run.name)? };
+    let seat = Seat { name: &run.name, attach: &run.attach, no_stdin: run.no_stdin };
+    let config = |lifecycle: &Lifecycle| config(run, files, lifecycle);
+    let report = Life::begin(clock, launched, config, bridge, &seat, out)?.live(&mut signals).await?;
     unless_interrupted(launcher.close(), &mut signals).await?;
     report.tell(run.json)
+}
+
+/// Lets a guest go on that was launched from a snapshot, and stays until it has ended.
+pub async fn go_on(
+    launched: Launched,
+    config: impl FnOnce(&Lifecycle) -> Outcome<GuestConfig>,
+    seat: &Seat<'_>,
+    signals: &mut Signals,
+    out: &Out,
+) -> Outcome<Report> {
+    Life::begin(Clock::start(), launched, config, None, seat, out)?.live(signals).await
+}
+
+/// What of a guest is here, and what it is called.
+pub struct Seat<'a> {
+    pub name: &'a str,
+    pub attach: &'a Attachment,
+    pub no_stdin: bool,
 }
 
 /// Does this, unless a signal comes first.
@@ -78,41 +102,39 @@ struct Life {
 }
 
 impl Life {
-    /// Sends launch, create, bind, getSerial and run.
+    /// Sends create, bind, getSerial and run behind a launch.
     fn begin(
-        launcher: &Launcher,
-        run: &Run,
-        files: Files,
+        clock: Clock,
+        launched: Launched,
+        config: impl FnOnce(&Lifecycle) -> Outcome<GuestConfig>,
         mut bridge: Option<Bridge>,
+        seat: &Seat<'_>,
         out: &Out,
     ) -> Outcome<Self> {
-        let clock = Clock::start();
-        let host = &launcher.host;
-        let launched = if run.proxied { host.launch_proxied(&run.name) } else { host.launch(&run.name)? };
         let Launched { lifecycle, exit, id } = launched;
         let mut output = Output::start(out, clock)?;
-        let mut config = config(run, files, &lifecycle)?;
+        let mut config = config(&lifecycle)?;
         config.devices.vsock = bridge.as_mut().map(Bridge::config);
         let created = timed(clock, lifecycle.create(&config));
         let guest = lifecycle.bind();
         if let Some(bridge) = &mut bridge {
             bridge.serve(guest.vsock());
         }
-        let (stream, window) = match &run.attach {
+        let (stream, window) = match seat.attach {
             Attachment::Serial => (guest.serial(output.sink()), None),
             Attachment::Port(name) => (guest.console_port(name, output.sink()), None),
             Attachment::Console => (guest.console(output.sink()), Window::follow(&guest)?),
         };
         Ok(Self {
             clock,
-            name: run.name.clone(),
+            name: seat.name.to_owned(),
             exit,
             launched: timed(clock, id),
             created,
             terminated: guest.terminated(),
             running: lifecycle.run(),
             output,
-            input: Input::start(stream, run.no_stdin)?,
+            input: Input::start(stream, seat.no_stdin)?,
             _window: window,
             lifecycle,
             _bridge: bridge,
