@@ -1,4 +1,4 @@
-//! A Linux guest in the lab, booted by a `guestctl run` there.
+//! A Linux guest in the lab, booted by a `guestctl run` there, or forked.
 
 use std::ops::Deref;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::background::{LabProcess, LabProcessError};
 use super::toolset::Toolset;
 use super::{Lab, LabError};
 
-/// A guest. As a [`LabProcess`] it is the guestctl that runs it: what guestctl reads and writes is the guest's serial port, and
+/// A guest. As a [`LabProcess`] it is the guestctl that runs or forks it: what guestctl reads and writes is the guest's serial port, and
 /// its standard error is guestctl's own.
 #[derive(Debug)]
 pub struct LabGuest<'lab>(LabProcess<'lab>);
@@ -41,6 +41,15 @@ impl<'lab> LabGuest<'lab> {
             tools.join(" ")
         );
         lab.spawn(name, &run).map(LabGuest)
+    }
+
+    /// Starts a `guestctl fork` in the lab that has the fork's serial port; the fork is called `name`, which is used as for
+    /// [`Lab::spawn`]. `arguments` name the service and the parent, and grant the disks.
+    ///
+    /// # Errors
+    /// As [`Lab::spawn`].
+    pub fn fork(lab: &'lab Lab, name: &str, arguments: &str) -> Result<Self, LabError> {
+        lab.spawn(name, &format!("exec guestctl fork --attach --name {name} {arguments}")).map(LabGuest)
     }
 
     /// Asks the guest's shell: sends a command, waits for its end, and returns what it has written.

@@ -1,6 +1,6 @@
 //! The block device with Linux's driver.
 
-use super::{BOOTED, LIMIT, MIB, assert_is_clean, power_off};
+use super::{BOOTED, LIMIT, MIB, assert_is_clean, does, power_off};
 use anyhow::ensure;
 use guest_tests::lab::{Lab, LabGuest, Toolset};
 
@@ -9,13 +9,6 @@ fn boot<'lab>(lab: &'lab Lab, name: &str, disks: &str) -> anyhow::Result<LabGues
     let guest = LabGuest::start_with(&[Toolset::Block], lab, name, "panic=-1", &arguments)?;
     guest.saw(BOOTED, 1, LIMIT)?;
     Ok(guest)
-}
-
-/// Asks for the end of a command, whose words are in the answer if it fails.
-fn does(guest: &LabGuest<'_>, command: &str) -> anyhow::Result<String> {
-    let answer = guest.ask(&format!("({command}) 2>&1; echo \"status $?\""), LIMIT)?;
-    ensure!(answer.ends_with("status 0\n"), "{command}:\n{answer}");
-    Ok(answer)
 }
 
 /// Four jobs write at once, read back what they have written, and compare.

@@ -8,6 +8,7 @@ mod console;
 mod mem;
 mod net;
 mod rng;
+mod snapshot;
 mod vsock;
 
 use std::process::ExitCode;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
         test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),
         test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
+        test("linux_is_forked_and_its_fork_again", snapshot::linux_is_forked_and_its_fork_again),
     ];
     requirements::run(trials, || SHARED.close())
 }
@@ -252,6 +254,13 @@ fn assert_is_in_order(guest: &LabGuest<'_>, vps: u32, memory: u64) -> anyhow::Re
         lines.filter(|line| COMPLAINTS.iter().any(|complaint| line.contains(complaint))).collect();
     ensure!(complaints.is_empty(), "Linux complains:\n{}", complaints.join("\n"));
     Ok(())
+}
+
+/// Asks for the end of a command, whose words are in the answer if it fails.
+fn does(guest: &LabGuest<'_>, command: &str) -> anyhow::Result<String> {
+    let answer = guest.ask(&format!("({command}) 2>&1; echo \"status $?\""), LIMIT)?;
+    ensure!(answer.ends_with("status 0\n"), "{command}:\n{answer}");
+    Ok(answer)
 }
 
 fn power_off(guest: &LabGuest<'_>) -> anyhow::Result<LabProcessEnd> {

@@ -1,0 +1,70 @@
+//! Linux that goes on from snapshots.
+
+use super::{BOOTED, LIMIT, MIB, assert_is_clean, assert_is_in_order, does, power_off, serve};
+use anyhow::{Context, ensure};
+use guest_tests::lab::{Lab, LabGuest, Toolset};
+
+/// Reads all of a file again and again, with another process on each VP.
+const LOAD: &str =
+    "(while :; do sha256sum /mnt/kept; done >/dev/null) & (while :; do echo >/tmp/busy; done) &";
+
+fn here(lab: &Lab, command: &str) -> anyhow::Result<String> {
+    let done = lab.run(command, LIMIT)?;
+    ensure!(done.status == 0, "{command}: {}", done.output);
+    Ok(done.output)
+}
+
+/// A fork of this guest, which is paused meanwhile, so that the copy of its disk is of the same moment.
+fn fork<'lab>(lab: &'lab Lab, service: &str, of: &str, name: &str) -> anyhow::Result<LabGuest<'lab>> {
+    here(lab, &format!("guestctl {service} pause {of} && cp /tmp/{of}.img /tmp/{name}.img"))?;
+    let fork = LabGuest::fork(lab, name, &format!("{service} {of} --disk path=/tmp/{name}.img"))?;
+    fork.until(&format!("guestctl {service} ps | grep -q '^{name} .*running'"), "fork", LIMIT)?;
+    here(lab, &format!("guestctl {service} resume {of}"))?;
+    Ok(fork)
+}
+
+/// How far a guest's clock is behind the host's, in seconds.
+fn lag(lab: &Lab, guest: &LabGuest<'_>) -> anyhow::Result<i64> {
+    let seconds = |text: &str| text.trim().parse::<i64>().with_context(|| format!("{text:?} is no time"));
+    let before = seconds(&guest.ask("date +%s", LIMIT)?)?;
+    Ok(seconds(&here(lab, "date +%s")?)? - before)
+}
+
+/// A guest with two VPs under load is forked, its fork once more. Each goes on with what it was doing, writes to a disk and to memory
+/// that are its own, has the right time, and ends by itself with a clean file system.
+pub fn linux_is_forked_and_its_fork_again(lab: &Lab) -> anyhow::Result<()> {
+    let service = "--socket /tmp/forks.sock";
+    let log = serve(lab, "/tmp/forks")?;
+    lab.make_disk("adam.img", 32 * MIB)?;
+    let arguments =
+        format!("{service} --cpus 2 --memory 256M --catch-up-time --rng --disk path=/tmp/adam.img,id=root");
+    let adam =
+        LabGuest::start_with(&[Toolset::Block], lab, "adam", "panic=-1", &arguments).with_context(|| log)?;
+    adam.saw(BOOTED, 1, LIMIT)?;
+    does(
+        &adam,
+        "mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && cp /bin/fio /mnt/kept",
+    )?;
+    let sum = does(&adam, "sha256sum /mnt/kept")?;
+    does(&adam, LOAD)?;
+    let seth = fork(lab, service, "adam", "seth")?;
+    does(&seth, "echo seth | tee /tmp/own >/mnt/own; sync")?;
+    let enosh = fork(lab, service, "seth", "enosh")?;
+    does(&enosh, "[ $(cat /tmp/own) = seth ] && echo enosh | tee /tmp/own >/mnt/own; sync")?;
+    does(&adam, "[ ! -e /tmp/own ] && echo adam | tee /tmp/own >/mnt/own; sync")?;
+    for (guest, name, boots) in [(seth, "seth", 0), (adam, "adam", 1), (enosh, "enosh", 0)] {
+        does(
+            &guest,
+            &format!("[ $(cat /tmp/own) = {name} ] && [ $(cat /mnt/own) = {name} ] && [ $(nproc) = 2 ]"),
+        )?;
+        does(&guest, "head -c 64 /dev/hwrng | sha256sum")?;
+        let lag = lag(lab, &guest)?;
+        ensure!((-2..=10).contains(&lag), "{name} is {lag} seconds behind");
+        guest.ask("kill $(jobs -p) 2>/dev/null; wait; echo 3 >/proc/sys/vm/drop_caches", LIMIT)?;
+        ensure!(does(&guest, "sha256sum /mnt/kept")? == sum, "{name} has another file");
+        does(&guest, "umount /mnt")?;
+        assert_is_clean(&power_off(&guest)?, boots)?;
+        here(lab, &format!("e2fsck -fn /tmp/{name}.img"))?;
+    }
+    Ok(())
+}
