@@ -139,13 +139,19 @@ const MOVING_MSRS: [u32; 3] = [
     0x4000_0020,
 ];
 
+/// IA32_SYSENTER_ESP. KVM on SVM tells all of what the guest has put there and takes the lower half alone, which is all that the
+/// processor uses of it: it has no SYSENTER in long mode (AMD64 APM volume 2, section 6.1).
+const HALF_TAKEN_MSR: u32 = 0x175;
+
 impl VpState {
-    /// Without what changes by itself while the VP is stopped.
+    /// Without what changes by itself while the VP is stopped, and what cannot be set.
     fn settled(&self) -> Self {
         let mut settled = self.clone();
         settled.local_apic = self.local_apic.as_ref().map(LocalApic::settled);
         if let Some(msrs) = &mut settled.msrs {
             msrs.0.retain(|(number, _)| !MOVING_MSRS.contains(number));
+            let half = msrs.0.iter_mut().filter(|(number, _)| *number == HALF_TAKEN_MSR);
+            half.for_each(|(_, value)| *value &= u64::from(u32::MAX));
         }
         settled
     }
