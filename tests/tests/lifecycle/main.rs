@@ -1,12 +1,14 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`, the virtio console in `consoles`, disks in `disks`, vsock in `sockets`; what the board's small devices tell, in `board`.
+//! `client_units`, the virtio console in `consoles`, disks in `disks`, vsock in `sockets`; what the board's small devices tell, in `board`; snapshots
+//! and what goes on from them, in `snapshots`.
 
 mod board;
 mod client_units;
 mod consoles;
 mod disks;
 mod operator;
+mod snapshots;
 mod sockets;
 
 use std::future::Future;
@@ -31,6 +33,7 @@ use client_units::*;
 use consoles::*;
 use disks::*;
 use operator::*;
+use snapshots::*;
 use sockets::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -137,6 +140,21 @@ stories! {
     a_client_listens_for_as_long_as_it_likes on scripts;
     a_client_connects_to_its_guest on scripts;
     a_guest_without_a_socket_device_says_so;
+    a_fork_goes_on_where_its_parent_was;
+    a_snapshot_tells_what_it_has;
+    a_paused_guest_stays_paused_and_its_fork_runs;
+    a_fork_lives_on_after_its_parent;
+    a_snapshot_outlives_a_vmm_that_is_killed;
+    ten_forks_go_on_at_once;
+    a_fork_of_a_fork_goes_on;
+    a_forks_lease_begins_at_its_snapshot_again;
+    a_guest_that_does_not_run_makes_no_snapshot;
+    a_fork_brings_no_kernel;
+    nobody_sees_what_another_writes on scripts;
+    a_fork_reads_the_disk_that_it_is_granted on scripts over direct;
+    a_fork_without_its_disks_is_refused on scripts over direct;
+    snapshots_leave_nothing_in_the_service;
+    guestctl_forks_a_guest;
 }
 
 fn main() -> ExitCode {
