@@ -311,7 +311,7 @@ fn forks_that_cannot_be_say_why() {
     );
     let image = service.path("kernel").display().to_string();
     let written = format!("path={image}");
-    let shared = service.command(&["fork", "one", "--count=2", "--disk", &written]);
+    let shared = service.command(&["fork", "one", "--count=2", "--name=a", "--disk", &written]);
     ends(shared, 2, &format!("--disk path={image}: 2 guests cannot write one image"));
     let missing = service.command(&["fork", "one", "--disk", "path=/no/such/image"]);
     ends(missing, 2, "--disk path=/no/such/image: No such file");

@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     }));
     trials.push(on_kvm("as_many_as_the_host_allows", as_many_as_the_host_allows));
     trials.push(on_kvm("what_is_hidden_is_not_seen", what_is_hidden_is_not_seen));
+    trials.push(on_kvm("all_vps_of_a_fork_go_on", all_vps_of_a_fork_go_on));
     for kind in [Kind::Scripted, Kind::BuiltIn] {
         let play = move |stage| each_runs_where_it_may(stage);
         trials.push(on(kind, "each_runs_where_it_may", play));
@@ -70,6 +71,26 @@ async fn ask(running: &Running, command: &str, answer: &str) -> Story {
 async fn end(player: &Player, running: Running) -> Story {
     player.cue(&running, Act::PowerOff).await?;
     Ok(running.run.await?)
+}
+
+/// The VPs that a guest has started work in its forks, too, at the same time as in the guest.
+async fn all_vps_of_a_fork_go_on(stage: Stage) -> Story {
+    let parent = stage.launch("parent").await?;
+    let running = parent.play_config(&GuestConfig { cpus: 8, ..parent.config(Act::Spin)? }).await?;
+    ask(&running, "vps", "vps 8").await?;
+    let snapshot = parent.lifecycle.control().snapshot().await?;
+    expect("VPs of the snapshot", snapshot.info().await?.vps, 8)?;
+    let mut all = vec![(parent, running)];
+    for id in ["first", "second"] {
+        let fork = stage.launch_from(&snapshot, &all[0].0.host, id).await?;
+        let running = fork.run_config(&GuestConfig::new(None, 0)).await?;
+        all.push((fork, running));
+    }
+    futures::future::try_join_all(all.iter().map(|(_, running)| ask(running, "count", "count 7000"))).await?;
+    for (player, running) in all {
+        end(&player, running).await?;
+    }
+    Ok(())
 }
 
 /// All come up, and each does its part of a common work: before a reset, and after it.

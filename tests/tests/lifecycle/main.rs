@@ -1,7 +1,7 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
-//! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`; what the
-//! board's small devices tell, in `board`.
+//! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
+//! go on from others in `snapshots`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
@@ -9,6 +9,7 @@ mod consoles;
 mod disks;
 mod networks;
 mod operator;
+mod snapshots;
 mod sockets;
 
 use std::future::Future;
@@ -34,6 +35,7 @@ use consoles::*;
 use disks::*;
 use networks::*;
 use operator::*;
+use snapshots::*;
 use sockets::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -143,6 +145,21 @@ stories! {
     a_guest_talks_by_vhost_user on scripts;
     vhost_user_back_ends_that_cannot_be_are_refused on scripts;
     guestctl_runs_a_guest_with_vhost_user on scripts;
+    a_fork_goes_on_where_its_parent_was;
+    a_snapshot_tells_what_it_has;
+    a_paused_guest_stays_paused_and_its_fork_runs;
+    a_fork_lives_on_after_its_parent;
+    a_snapshot_outlives_a_vmm_that_is_killed;
+    ten_forks_go_on_at_once;
+    a_fork_of_a_fork_goes_on;
+    a_forks_lease_begins_at_its_snapshot_again;
+    a_guest_that_does_not_run_makes_no_snapshot;
+    a_fork_brings_no_kernel;
+    nobody_sees_what_another_writes on scripts;
+    a_fork_reads_the_disk_that_it_is_granted on scripts over direct;
+    a_fork_without_its_disks_is_refused on scripts over direct;
+    snapshots_leave_nothing_in_the_service;
+    guestctl_forks_a_guest;
 }
 
 fn main() -> ExitCode {
