@@ -208,10 +208,10 @@ async fn goes_on(mut bench: Bench) {
 
 #[tokio::test]
 async fn several_vps_go_on_in_another_machine_as_in_their_own() {
-    let mut original = stopped_in_three_ways().await;
+    let original = stopped_in_three_ways().await;
     let states = original.save().await;
     assert_eq!(original.save().await, states, "to be saved changes nothing");
-    let mut new = Bench::scripted(3, &three_ways()).await;
+    let new = Bench::scripted(3, &three_ways()).await;
     new.take_over(&original, states.clone()).await;
     assert_eq!(new.save().await, with_new_generation(states));
     goes_on(new).await;
@@ -220,7 +220,7 @@ async fn several_vps_go_on_in_another_machine_as_in_their_own() {
 
 #[tokio::test]
 async fn a_machine_that_has_run_forgets_what_it_did() {
-    let mut original = stopped_in_three_ways().await;
+    let original = stopped_in_three_ways().await;
     let mut used = Bench::scripted(3, &three_ways()).await;
     used.start().await;
     used.type_in("x");
@@ -237,7 +237,7 @@ async fn a_machine_that_has_run_forgets_what_it_did() {
 
 #[tokio::test]
 async fn a_guest_that_is_yet_to_start_is_saved_as_it_is_to_start() {
-    let mut original = Bench::scripted(3, &three_ways()).await;
+    let original = Bench::scripted(3, &three_ways()).await;
     let states = original.save().await;
     let mut spinning = Script::new();
     spinning.spin();
@@ -252,7 +252,7 @@ async fn a_guest_that_is_yet_to_start_is_saved_as_it_is_to_start() {
 
 #[tokio::test]
 async fn a_reset_after_a_restore_starts_anew() {
-    let mut original = stopped_in_three_ways().await;
+    let original = stopped_in_three_ways().await;
     let mut new = Bench::scripted(3, &three_ways()).await;
     let states = original.save().await;
     new.take_over(&original, states).await;
@@ -265,7 +265,7 @@ async fn a_reset_after_a_restore_starts_anew() {
 
 #[tokio::test]
 async fn vps_that_run_are_neither_saved_nor_restored() {
-    let mut bench = stopped_in_three_ways().await;
+    let bench = stopped_in_three_ways().await;
     let state: vp::VpSetState = state_of(&bench.save().await, VPS);
     bench.start().await;
     let vps = &bench.machine.view.vps;
@@ -367,7 +367,7 @@ fn clock() -> partition::Clock {
 
 #[tokio::test]
 async fn what_is_refused_names_its_unit_and_faults_the_set() {
-    let mut original = stopped_in_three_ways().await;
+    let original = stopped_in_three_ways().await;
     let states = original.save().await;
     for (spoil, unit, expected) in REFUSED {
         let new = Bench::scripted(3, &three_ways()).await;
@@ -387,7 +387,7 @@ async fn what_is_refused_names_its_unit_and_faults_the_set() {
 
 #[tokio::test]
 async fn a_state_without_the_vps_or_the_partition_is_not_begun_with() {
-    let mut original = stopped_in_three_ways().await;
+    let original = stopped_in_three_ways().await;
     for unit in ["partition", VPS] {
         let mut states = original.save().await;
         states.retain(|state| state.name != unit);
@@ -406,7 +406,7 @@ proptest! {
     fn the_order_of_the_entries_does_not_matter(order in Just((0..11usize).collect::<Vec<_>>()).prop_shuffle()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
-            let mut original = stopped_in_three_ways().await;
+            let original = stopped_in_three_ways().await;
             let states = original.save().await;
             let new = Bench::scripted(3, &three_ways()).await;
             new.take_over(&original, order.iter().map(|at| states[*at].clone()).collect()).await;
@@ -538,7 +538,7 @@ mod on_kvm {
         while second.activities().await != [VpActivity::Running, VpActivity::Halted] {}
         second.stop().await;
         let states = second.save().await;
-        let mut third = Bench::builtin(2).await;
+        let third = Bench::builtin(2).await;
         third.take_over(&second, states.clone()).await;
         third.start().await;
         assert_eq!(third.activities().await, [VpActivity::Running, VpActivity::Halted]);
@@ -568,7 +568,7 @@ mod on_kvm {
         original.machine.partition.inject_nmi(VpIndex(0));
         let states = original.save().await;
         assert_eq!(pending(&states), 1);
-        let mut new = Bench::builtin(1).await;
+        let new = Bench::builtin(1).await;
         new.machine.partition.inject_nmi(VpIndex(0));
         new.take_over(&original, states).await;
         assert_eq!(pending(&new.save().await), 1, "the one that was saved, and none of its own");
@@ -586,7 +586,7 @@ mod on_kvm {
         let states = original.save().await;
         let before: PartitionState = state_of(&states, "partition");
         assert!(before.clock.is_some(), "{before:?}");
-        let mut new = Bench::builtin(1).await;
+        let new = Bench::builtin(1).await;
         new.take_over(&original, states).await;
         let now: PartitionState = state_of(&new.save().await, "partition");
         assert_eq!(now, before);
@@ -597,7 +597,7 @@ mod on_kvm {
     /// The VP starts where the boot loader said, though the machine that it starts in has loaded nothing.
     #[tokio::test]
     async fn a_kvm_guest_that_is_yet_to_start_starts_in_another_machine() {
-        let mut original = Bench::builtin(1).await;
+        let original = Bench::builtin(1).await;
         let mut new = Bench::builtin(1).await;
         let states = original.save().await;
         new.take_over(&original, states).await;
