@@ -1,6 +1,8 @@
 //! A machine's guest at one moment, and a guest that goes on from there in another machine.
 
 use super::Machine;
+#[cfg(doc)]
+use crate::memory::GuestMemory;
 use crate::memory::{FreezeError, Frozen};
 use state_unit::{SaveSupport, SavedStateUnit, StateTransitionError, UnitSaveSupport};
 
