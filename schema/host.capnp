@@ -51,6 +51,8 @@ struct HostInfo {
   # Counts the versions of this schema, from 1. An old client works with a newer service.
   guests @2 :UInt32;
   hypervisor @3 :Text;
+  warm @4 :UInt32;
+  # How many VMMs are ready for guests to come. None of them has a guest.
 }
 
 interface GuestManager {

@@ -116,6 +116,8 @@ pub struct HostInfo {
     pub guests: u32,
     /// What runs them.
     pub hypervisor: String,
+    /// How many VMMs it has ready for guests to come.
+    pub warm: u32,
 }
 
 impl Host {
@@ -277,6 +279,7 @@ impl HostInfo {
             protocol: reader.get_protocol(),
             guests: reader.get_guests(),
             hypervisor: text(reader.get_hypervisor()?),
+            warm: reader.get_warm(),
         })
     }
 }

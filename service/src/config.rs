@@ -7,6 +7,9 @@ use tracing_subscriber::EnvFilter;
 /// What guests run on; what follows a comma is for guest-vmm alone.
 const HYPERVISORS: [&str; 2] = ["kvm", "scripted"];
 
+/// The most VMMs that are kept ready.
+const MAX_WARM: usize = 64;
+
 /// The service's config. Every field has a default; an unknown one is an error.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -15,6 +18,8 @@ pub struct ServiceConfig {
     pub vmm: Option<PathBuf>,
     /// Where guests run, as `guest-vmm --hypervisor` takes it: `kvm`, or `scripted` for tests without a hypervisor.
     pub hypervisor: String,
+    /// How many VMMs are kept ready for guests to come, at most 64; 0 keeps none. They do not count as guests.
+    pub warm: usize,
     /// How many guests there may be at a time.
     pub max_guests: usize,
     /// How many snapshots are kept at a time, each with up to five descriptors and as much memory as its guest's.
@@ -30,6 +35,7 @@ impl Default for ServiceConfig {
         Self {
             vmm: None,
             hypervisor: "kvm".into(),
+            warm: 2,
             max_guests: 1024,
             max_snapshots: 256,
             max_connections: 256,
@@ -107,6 +113,9 @@ impl ServiceConfig {
         if let Err(error) = EnvFilter::try_new(&self.vmm_log) {
             return wrong("vmm-log", self.vmm_log.clone(), error.to_string());
         }
+        if self.warm > MAX_WARM {
+            return wrong("warm", self.warm.to_string(), format!("at most {MAX_WARM} VMMs are kept ready"));
+        }
         match &self.vmm {
             Some(path) if !path.is_file() => {
                 wrong("vmm", path.display().to_string(), "no such executable file".into())
@@ -138,5 +147,10 @@ mod tests {
         assert_eq!(wrong.to_string(), "hypervisor = \"xen\": kvm, scripted are known");
         let wrong = ServiceConfig { vmm_log: "=,=".into(), ..ServiceConfig::default() };
         assert_eq!(wrong.check().expect_err("no filter").field, "vmm-log");
+        let most = ServiceConfig { warm: MAX_WARM, ..ServiceConfig::default() };
+        assert_eq!(most.check(), Ok(()));
+        let wrong = ServiceConfig { warm: MAX_WARM + 1, ..ServiceConfig::default() }.check();
+        let wrong = wrong.expect_err("too many").to_string();
+        assert_eq!(wrong, "warm = \"65\": at most 64 VMMs are kept ready");
     }
 }

@@ -10,6 +10,8 @@ mod host;
 mod launch;
 mod launcher;
 mod log;
+mod pool;
+mod process;
 mod proxy;
 mod snapshots;
 mod socket;
@@ -24,10 +26,11 @@ use guest_transport::{Connection, ConnectionError, Limits};
 use guests::Guests;
 use host::Host;
 use launch::{Guest, Order};
+use pool::Pool;
+use process::Program;
 use snapshots::Snapshots;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -58,7 +61,8 @@ pub enum ServiceError {
 /// The service: the guests that it launched, and what it launches them with.
 pub struct Service {
     config: ServiceConfig,
-    vmm: PathBuf,
+    program: Rc<Program>,
+    pool: Rc<Pool>,
     guests: Guests,
     snapshots: Rc<Snapshots>,
     connections: Connections,
@@ -68,14 +72,15 @@ pub struct Service {
 
 impl Service {
     /// A service that launches the guest-vmm of this config: the one it names, else the one beside the running executable, else
-    /// the one in PATH.
+    /// the one in PATH. With `warm` it starts VMMs from now on, which takes a tokio `LocalSet`.
     pub fn new(config: ServiceConfig) -> Result<Rc<Self>, ServiceError> {
         config.check()?;
-        let vmm = launch::find_vmm(config.vmm.as_deref())?;
+        let program = Rc::new(Program::of(&config)?);
+        let pool = Pool::start(config.warm, program.clone());
         let connections = Connections { most: config.max_connections, open: RefCell::default() };
         let snapshots = Snapshots::new(config.max_snapshots);
         let (guests, ending) = (Guests::default(), Cell::new(false));
-        Ok(Rc::new(Self { config, vmm, guests, snapshots, connections, ending }))
+        Ok(Rc::new(Self { config, program, pool, guests, snapshots, connections, ending }))
     }
 
     /// Serves a client until its connection ends. `uid` is the client's user: it finds the guests of that user.
@@ -97,7 +102,9 @@ impl Service {
     /// those that are kept last until the last reference to them is dropped, or this process ends.
     pub async fn shutdown(&self) {
         self.ending.set(true);
+        let idle = self.pool.close();
         join_all(self.guests.all().iter().map(|guest| guest.end(SHUTDOWN))).await;
+        join_all(idle.iter().map(|process| process.ended())).await;
     }
 
     /// Resolves when the id is free, or is not about to become so: a lease that has just been given up takes a moment to end.
@@ -109,7 +116,7 @@ impl Service {
         }
     }
 
-    /// Starts a VMM for a guest and hands it its lease.
+    /// Has a VMM for a guest and hands it its lease.
     fn launch(self: &Rc<Self>, order: Order) -> Result<Rc<Guest>, Failure> {
         if self.ending.get() {
             return Err(Failure::new(GuestError::FailedServiceConnect, "the service is ending"));
@@ -119,7 +126,7 @@ impl Service {
             let detail = format!("the service's limit of {} guests is reached", self.config.max_guests);
             return Err(Failure::new(GuestError::LimitExceeded, detail));
         }
-        let guest = launch::spawn(self, Order { id, ..order })?;
+        let guest = launch::launch(self, Order { id, ..order })?;
         self.guests.insert(guest.clone());
         let service = self.clone();
         let launched = guest.clone();
@@ -128,6 +135,13 @@ impl Service {
             service.guests.remove(&launched);
         });
         Ok(guest)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // Nobody waits for them any more.
+        drop(self.pool.close());
     }
 }
 

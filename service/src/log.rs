@@ -1,7 +1,9 @@
-//! A VMM's log: passed on with its guest's id on every line, no faster than a person can read it, and its end kept.
+//! A VMM's log: passed on with its guest's id on every line, or its process's number until it has a guest, no faster than a person can read it, and its end kept.
 
 use guest_transport::printable;
+use std::cell::OnceCell;
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::ChildStderr;
@@ -16,11 +18,37 @@ const LINE: usize = 1 << 10;
 const BURST: u32 = 200;
 const PER_SECOND: u32 = 20;
 
+/// What a VMM's lines are marked with: the guest's id once there is one, and until then what no guest can be called.
+pub(crate) struct Label {
+    waiting: String,
+    guest: OnceCell<String>,
+}
+
+impl Label {
+    /// Of a process without a guest.
+    pub fn new(pid: u32) -> Self {
+        Self { waiting: format!("(process {pid})"), guest: OnceCell::new() }
+    }
+
+    /// Of this guest from now on; the first counts.
+    pub fn name(&self, guest: &str) {
+        self.guest.get_or_init(|| guest.to_owned());
+    }
+
+    pub fn is_named(&self) -> bool {
+        self.guest.get().is_some()
+    }
+
+    pub fn as_str(&self) -> &str {
+        self.guest.get().unwrap_or(&self.waiting)
+    }
+}
+
 /// Passes a VMM's log on until it ends, and returns the end of it.
-pub(crate) async fn follow_log(guest: String, stderr: Option<ChildStderr>) -> String {
+pub(crate) async fn follow_log(label: Rc<Label>, stderr: Option<ChildStderr>) -> String {
     let Some(stderr) = stderr else { return String::new() };
     let mut reader = BufReader::with_capacity(LINE, stderr);
-    let mut log = Log::new(guest);
+    let mut log = Log::new(label);
     let mut line = Vec::new();
     while let Ok(buffer) = reader.fill_buf().await {
         if buffer.is_empty() {
@@ -45,15 +73,15 @@ pub(crate) async fn follow_log(guest: String, stderr: Option<ChildStderr>) -> St
 }
 
 struct Log {
-    guest: String,
+    label: Rc<Label>,
     tail: VecDeque<u8>,
     allowance: Allowance,
     suppressed: u64,
 }
 
 impl Log {
-    fn new(guest: String) -> Self {
-        Self { guest, tail: VecDeque::new(), allowance: Allowance::new(Instant::now()), suppressed: 0 }
+    fn new(label: Rc<Label>) -> Self {
+        Self { label, tail: VecDeque::new(), allowance: Allowance::new(Instant::now()), suppressed: 0 }
     }
 
     fn line(&mut self, bytes: &[u8]) {
@@ -63,7 +91,7 @@ impl Log {
         self.tail.drain(..excess);
         if self.allowance.take(Instant::now()) {
             self.tell_suppressed();
-            pass_on(&self.guest, &line);
+            pass_on(self.label.as_str(), &line);
         } else {
             self.suppressed += 1;
         }
@@ -73,7 +101,8 @@ impl Log {
         match std::mem::take(&mut self.suppressed) {
             0 => {}
             lines => {
-                tracing::warn!(target: "guest_vmm", guest = self.guest, lines, "lines of the log were left out")
+                let guest = self.label.as_str();
+                tracing::warn!(target: "guest_vmm", guest, lines, "lines of the log were left out");
             }
         }
     }
@@ -140,8 +169,16 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_called_by_its_guest_once_it_has_one() {
+        let label = Label::new(7);
+        assert_eq!((label.as_str(), label.is_named()), ("(process 7)", false));
+        label.name("one");
+        assert_eq!((label.as_str(), label.is_named()), ("one", true));
+    }
+
+    #[test]
     fn the_end_of_the_log_is_kept_whatever_it_holds() {
-        let mut log = Log::new("g".into());
+        let mut log = Log::new(Rc::new(Label::new(7)));
         for number in 0..1000 {
             log.line(format!("INFO line {number}\u{1b}[31m\n").as_bytes());
         }

@@ -19,7 +19,7 @@ struct Options {
     /// The Unix socket to listen on (mode 0600; a stale one is replaced)
     #[arg(long, env = "GUESTD_SOCKET", value_name = "PATH")]
     socket: PathBuf,
-    /// A TOML file: vmm, hypervisor, max-guests, max-snapshots, max-connections, vmm-log
+    /// A TOML file: vmm, hypervisor, warm, max-guests, max-snapshots, max-connections, vmm-log
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// What to log, for instance `info` or `guest_service=debug`
@@ -31,6 +31,9 @@ struct Options {
     /// Where guests run: `kvm`, or `scripted` for tests without a hypervisor
     #[arg(long, value_name = "NAME")]
     hypervisor: Option<String>,
+    /// How many VMMs are kept ready for guests to come, 0 to 64 [default: 2]
+    #[arg(long, value_name = "N")]
+    warm: Option<usize>,
 }
 
 fn main() -> ExitCode {
@@ -58,6 +61,7 @@ fn serve(options: Options) -> anyhow::Result<()> {
     };
     config.vmm = options.vmm.or(config.vmm);
     config.hypervisor = options.hypervisor.unwrap_or(config.hypervisor);
+    config.warm = options.warm.unwrap_or(config.warm);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     tokio::task::LocalSet::new().block_on(&runtime, accept(&options.socket, config))
 }

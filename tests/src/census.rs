@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The number of threads of process `pid`.
 ///
@@ -21,6 +21,15 @@ pub fn threads(pid: u32) -> io::Result<usize> {
 /// As [`threads`].
 pub fn open_files(pid: u32) -> io::Result<usize> {
     entries(pid, "fd")
+}
+
+/// Whether process `pid` holds the file of this path open.
+///
+/// # Errors
+/// As [`threads`].
+pub fn holds(pid: u32, path: &str) -> io::Result<bool> {
+    let mut files = fs::read_dir(file(pid, "fd"))?.filter_map(Result::ok);
+    Ok(files.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(path))))
 }
 
 /// The threads of process `pid` by their names, each with the host's CPUs on which it may run, as the kernel writes them: `0-3,6`.
@@ -146,6 +155,7 @@ mod tests {
         process.stdin().unwrap().write_all(b"go on\n").unwrap();
         process.stdout().contains("open", LONG).unwrap();
         assert_eq!(open_files(process.pid()).unwrap(), before + 1);
+        assert!(holds(process.pid(), "/dev/null").unwrap() && !holds(process.pid(), "/dev/nul").unwrap());
     }
 
     #[test]

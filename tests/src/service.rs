@@ -45,17 +45,33 @@ pub struct Service {
 
 impl Service {
     /// Starts guestd on a socket in a new folder and waits until it listens. `hypervisor` is what its guests run on, as
-    /// `guestd --hypervisor` takes it; `arguments` follow.
+    /// `guestd --hypervisor` takes it; `arguments` follow. No VMM is kept ready: every process is a guest's.
     pub fn start(hypervisor: &str, arguments: &[&str]) -> Result<Self, ServiceError> {
         Self::start_logging("debug", hypervisor, arguments)
     }
 
     /// The same with another log filter than `debug`: one that shows `info` of guestd itself.
     pub fn start_logging(log: &str, hypervisor: &str, arguments: &[&str]) -> Result<Self, ServiceError> {
+        Self::start_all(log, hypervisor, 0, arguments)
+    }
+
+    /// The same with so many VMMs that are kept ready.
+    pub fn start_warm(hypervisor: &str, warm: u32, arguments: &[&str]) -> Result<Self, ServiceError> {
+        Self::start_all("debug", hypervisor, warm, arguments)
+    }
+
+    /// All of it.
+    pub fn start_all(
+        log: &str,
+        hypervisor: &str,
+        warm: u32,
+        arguments: &[&str],
+    ) -> Result<Self, ServiceError> {
         let folder = TempDir::with_prefix("guestd-test-").map_err(ServiceError::Folder)?;
         let mut command = Command::new(program("guestd")?);
         command.arg("--socket").arg(folder.path().join("guestd.sock"));
-        command.args(["--hypervisor", hypervisor, "--log", log]).args(arguments);
+        command.args(["--hypervisor", hypervisor, "--log", log, "--warm", &warm.to_string()]);
+        command.args(arguments);
         let process = Process::spawn(command, Stdin::Empty)?;
         process.logged("listening", PATIENCE)?;
         Ok(Self { process, folder })

@@ -93,6 +93,8 @@ fn private(options: &Options) -> Outcome<Launcher> {
         vmm: options.vmm.clone(),
         hypervisor: options.hypervisor.clone(),
         vmm_log: options.log.clone().unwrap_or_else(|| ServiceConfig::default().vmm_log),
+        // It launches what it was asked for, and ends.
+        warm: 0,
         ..ServiceConfig::default()
     };
     let service = Service::new(config).map_err(|error| Trouble::Unavailable(chain(&error)))?;

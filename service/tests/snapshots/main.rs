@@ -65,6 +65,8 @@ fn service() -> anyhow::Result<Rc<Service>> {
     let config = ServiceConfig {
         vmm: Some(std::env::current_exe()?),
         hypervisor: "scripted".into(),
+        // They count what is open.
+        warm: 0,
         max_snapshots: MOST,
         ..ServiceConfig::default()
     };

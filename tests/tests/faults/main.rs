@@ -4,6 +4,7 @@ mod in_process;
 mod kills;
 mod leaks;
 mod service;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -19,6 +20,6 @@ fn main() -> ExitCode {
             }
         };
     }
-    let trials = [kills::trials(), service::trials(), leaks::trials(), in_process::trials()];
+    let trials = [kills::trials(), service::trials(), leaks::trials(), in_process::trials(), warm::trials()];
     run(trials.into_iter().flatten().collect(), || {})
 }

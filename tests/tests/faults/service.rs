@@ -161,7 +161,7 @@ async fn a_stale_socket_is_replaced() -> Story {
     first.process().wait(PATIENCE)?;
     expect("the socket is left behind", first.socket().exists(), true)?;
     let mut command = Command::new(program("guestd")?);
-    command.arg("--socket").arg(first.socket()).args(["--hypervisor", "scripted"]);
+    command.arg("--socket").arg(first.socket()).args(["--hypervisor", "scripted", "--warm", "0"]);
     let second = Process::spawn(command, Stdin::Empty)?;
     second.logged("listening", PATIENCE)?;
     let info = first.connect().await?.info().await?;
@@ -189,6 +189,7 @@ fn wrong_usage_is_told() -> Story {
         (&["--socket", "/nowhere/x"][..], "/nowhere/x"),
         (&["--socket", "/nowhere/x", "--log", "=,="], "--log =,="),
         (&["--socket", "/nowhere/x", "--hypervisor", "xen"], "\"xen\""),
+        (&["--socket", "/nowhere/x", "--warm", "65"], "warm = \"65\": at most 64"),
     ] {
         let (status, said) = guestd(arguments, &[])?;
         expect(&format!("status of {arguments:?}"), status.code(), Some(1))?;
@@ -215,6 +216,8 @@ fn a_wrong_config_is_named() -> Story {
     refuses("max-guest = 3", "max-guest")?;
     refuses("max-guests = \"many\"", "max-guests")?;
     refuses("max-guests = -1", "max-guests")?;
+    refuses("warm = -1", "warm")?;
+    refuses("warm = 65", "warm = \"65\"")?;
     refuses("vmm = [", "line 1")?;
     refuses("hypervisor = \"xen\"", "\"xen\"")?;
     refuses("vmm-log = \"=,=\"", "vmm-log")?;
