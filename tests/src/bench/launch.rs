@@ -1,6 +1,6 @@
 //! A cold launch: everything asked for in one flight, and the guest's own end.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
@@ -26,24 +26,33 @@ pub(super) static GROUP: Group = Group {
 
 struct Launches(Host);
 
+/// A guest's whole life: from its launch until its first byte, and from the input on which it powers itself off until run has
+/// answered.
+pub(super) async fn live(host: &Host) -> anyhow::Result<(Duration, Duration)> {
+    let (output, mut bytes) = output();
+    let begin = Instant::now();
+    let Launched { lifecycle, exit, id } = host.launch("")?;
+    let created = lifecycle.create(&config(&lifecycle)?);
+    let input = lifecycle.bind().serial(output);
+    let run = lifecycle.run();
+    first_byte(&mut bytes).await?;
+    let launched = begin.elapsed();
+    id.await?;
+    created.await?;
+    let begin = Instant::now();
+    input.write(b"poweroff\n").await?;
+    run.await?;
+    let powered_off = begin.elapsed();
+    drop(lifecycle);
+    exit.terminated().await?;
+    Ok((launched, powered_off))
+}
+
 impl Launches {
     async fn measure(&self, samples: &mut Samples) -> anyhow::Result<()> {
-        let (output, mut bytes) = output();
-        let begin = Instant::now();
-        let Launched { lifecycle, exit, id } = self.0.launch("")?;
-        let created = lifecycle.create(&config(&lifecycle)?);
-        let input = lifecycle.bind().serial(output);
-        let run = lifecycle.run();
-        first_byte(&mut bytes).await?;
-        samples.time(LAUNCH, begin.elapsed());
-        id.await?;
-        created.await?;
-        let begin = Instant::now();
-        input.write(b"poweroff\n").await?;
-        run.await?;
-        samples.time(POWER_OFF, begin.elapsed());
-        drop(lifecycle);
-        exit.terminated().await?;
+        let (launched, powered_off) = live(&self.0).await?;
+        samples.time(LAUNCH, launched);
+        samples.time(POWER_OFF, powered_off);
         Ok(())
     }
 }

@@ -73,14 +73,14 @@ impl Rounds for Lives {
 }
 
 /// A process's share of the memory that it has mapped, in KiB.
-struct Pss {
-    total_kib: f64,
+pub(super) struct Pss {
+    pub total_kib: f64,
     /// What of it is the guest's.
     guest_kib: f64,
 }
 
 impl Pss {
-    fn of(pid: u32) -> anyhow::Result<Self> {
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
         let path = PathBuf::from(format!("/proc/{pid}/smaps"));
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let (mut total_kib, mut guest_kib, mut is_guest) = (0.0, 0.0, false);

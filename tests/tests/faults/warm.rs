@@ -145,15 +145,25 @@ async fn a_killed_one_is_replaced() -> Story {
 async fn all_killed_fail_no_launch() -> Story {
     let stage = stage(Kind::Scripted)?;
     let idle = ready(&stage.service, &[]).await?;
+    let host = stage.service.connect().await?;
+    host.info().await?;
+    // The service learns of the ends and of the launch at once.
+    stage.service.process().signal(Signal::STOP);
     for &pid in &idle {
         signal(pid, Signal::KILL)?;
     }
     for &pid in &idle {
         gone(pid).await?;
     }
-    let player = stage.launch("guest").await?;
-    live(&stage, &player).await?;
-    let after = ready(&stage.service, &[player.pid().await?]).await?;
+    let launched = host.launch("guest")?;
+    // Whatever can be sent without an answer is sent by then.
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    stage.service.process().signal(Signal::CONT);
+    launched.lifecycle.stop().await?;
+    let guests: Vec<u32> = host.list().await?.iter().map(|guest| guest.pid).collect();
+    let after = ready(&stage.service, &guests).await?;
     ensure!(after.is_disjoint(&idle), "{after:?}");
     Ok(())
 }

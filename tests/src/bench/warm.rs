@@ -1,0 +1,72 @@
+//! A launch that finds a VMM ready, and what one that is ready costs.
+//!
+//! guestd keeps two ready, as by default. Each round begins once they are, with /dev/kvm open, and no other VMM is left.
+
+use anyhow::Context;
+use futures::FutureExt;
+use futures::future::LocalBoxFuture;
+use guest_client::Host;
+
+use super::figure::{Definition, Samples};
+use super::life::Pss;
+use super::{Group, Rounds, floor, launch};
+use crate::service::{PATIENCE, Service};
+use crate::{census, wait};
+
+const LAUNCH: &str = "warm-launch";
+const MEMORY: &str = "warm-memory";
+
+/// How many VMMs are kept ready.
+const WARM: u32 = 2;
+
+pub(super) static GROUP: Group = Group {
+    figures: &[
+        Definition::time(
+            LAUNCH,
+            "launch with a VMM ready, all in one flight → first byte",
+            Some(floor::IN_PROCESS),
+        ),
+        Definition::memory(MEMORY, "Pss of a VMM that is ready, beside another"),
+    ],
+    open: |_| async { Ok(Box::new(WarmLaunches::new().await?) as Box<dyn Rounds>) }.boxed_local(),
+};
+
+struct WarmLaunches {
+    service: Service,
+    host: Host,
+}
+
+impl WarmLaunches {
+    async fn new() -> anyhow::Result<Self> {
+        let service = Service::start_all("info", "kvm", WARM, &[])?;
+        let host = service.connect().await?;
+        Ok(Self { service, host })
+    }
+
+    /// Waits until the VMMs are ready, and nothing else of this guestd is left; gives their processes.
+    async fn ready(&self) -> anyhow::Result<Vec<u32>> {
+        let look = || async {
+            let info = self.host.info().await.map_err(|error| error.to_string())?;
+            let vmms = census::children(self.service.pid()).map_err(|error| error.to_string())?;
+            let open = |&pid: &u32| census::holds(pid, "/dev/kvm").is_ok_and(|open| open);
+            let all = vmms.len() == WARM as usize && vmms.iter().all(open);
+            if info.warm == WARM && all { Ok(vmms) } else { Err(format!("{info:?}, {vmms:?}")) }
+        };
+        Ok(wait::found_async("VMMs to be ready", PATIENCE, look).await?)
+    }
+
+    async fn measure(&self, samples: &mut Samples) -> anyhow::Result<()> {
+        let vmms = self.ready().await?;
+        samples.add(MEMORY, Pss::of(*vmms.first().context("a ready VMM")?)?.total_kib);
+        let (launched, _) = launch::live(&self.host).await?;
+        samples.time(LAUNCH, launched);
+        // The next group is not to share the machine with a VMM that starts.
+        self.ready().await.map(drop)
+    }
+}
+
+impl Rounds for WarmLaunches {
+    fn round<'a>(&'a mut self, samples: &'a mut Samples) -> LocalBoxFuture<'a, anyhow::Result<()>> {
+        self.measure(samples).boxed_local()
+    }
+}
