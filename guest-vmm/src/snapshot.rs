@@ -18,7 +18,8 @@ use save_restore::SavedStateBlob;
 use state_unit::SavedStateUnit;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -226,15 +227,14 @@ fn corrupt(problem: impl Into<String>) -> Failure {
     Failure::new(GuestError::SnapshotCorrupt, problem)
 }
 
+/// At no offset of the file's own, which is shared with whoever else goes on from it.
 fn read_state(file: &File) -> io::Result<SnapshotState> {
-    let mut file = file.try_clone()?;
     let bytes = file.metadata()?.len();
     if bytes > MAX_STATE {
         return Err(io::Error::other(format!("its {bytes} bytes are more than {MAX_STATE}")));
     }
-    let mut state = Vec::new();
-    file.seek(SeekFrom::Start(0))?;
-    file.read_to_end(&mut state)?;
+    let mut state = vec![0; usize::try_from(bytes).expect("checked above")];
+    file.read_exact_at(&mut state, 0)?;
     SnapshotState::decode(&*state).map_err(io::Error::other)
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use guest_schema::{BlockConfig, BlockMode, FileSource, NetConfig};
+use std::io::{Read, Seek, SeekFrom};
 
 fn sealed(bytes: &[u8]) -> File {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
