@@ -7,13 +7,14 @@
 //! Every group is played once more before the first round and that is not counted. It begins when no VMM is left of the one before.
 //!
 //! The guest is the built-in one, with 128 MiB and one VP. guestd logs as it does by default. It keeps no VMMs ready but in
-//! `warm`, which has a guestd of its own.
+//! `warm` and `fork`, which have a guestd of their own each.
 //!
 //! Limits: one machine's own /dev/kvm; nothing here is a test, and no figure fails the run.
 
 pub mod devices;
 pub mod figure;
 mod floor;
+mod fork;
 mod launch;
 mod life;
 mod lost_client;
@@ -59,8 +60,15 @@ trait Rounds {
 }
 
 /// In the order in which they are measured and shown.
-const GROUPS: [&Group; 6] =
-    [&floor::GROUP, &launch::GROUP, &warm::GROUP, &life::GROUP, &rpc::GROUP, &lost_client::GROUP];
+const GROUPS: [&Group; 7] = [
+    &floor::GROUP,
+    &launch::GROUP,
+    &warm::GROUP,
+    &fork::GROUP,
+    &life::GROUP,
+    &rpc::GROUP,
+    &lost_client::GROUP,
+];
 
 /// What the groups are measured on.
 struct Setting {

@@ -28,40 +28,47 @@ pub(super) static GROUP: Group = Group {
         ),
         Definition::memory(MEMORY, "Pss of a VMM that is ready, beside another"),
     ],
-    open: |_| async { Ok(Box::new(WarmLaunches::new().await?) as Box<dyn Rounds>) }.boxed_local(),
+    open: |_| {
+        async { Ok(Box::new(WarmLaunches(WarmService::new().await?)) as Box<dyn Rounds>) }.boxed_local()
+    },
 };
 
-struct WarmLaunches {
+/// A guestd that keeps VMMs ready.
+pub(super) struct WarmService {
     service: Service,
-    host: Host,
+    pub host: Host,
 }
 
-impl WarmLaunches {
-    async fn new() -> anyhow::Result<Self> {
+impl WarmService {
+    pub async fn new() -> anyhow::Result<Self> {
         let service = Service::start_all("info", "kvm", WARM, &[])?;
         let host = service.connect().await?;
         Ok(Self { service, host })
     }
 
-    /// Waits until the VMMs are ready, and nothing else of this guestd is left; gives their processes.
-    async fn ready(&self) -> anyhow::Result<Vec<u32>> {
+    /// Waits until the VMMs are ready, and of this guestd nothing else is left but so many guests; gives all their processes.
+    pub async fn ready(&self, guests: usize) -> anyhow::Result<Vec<u32>> {
         let look = || async {
             let info = self.host.info().await.map_err(|error| error.to_string())?;
             let vmms = census::children(self.service.pid()).map_err(|error| error.to_string())?;
             let open = |&pid: &u32| census::holds(pid, "/dev/kvm").is_ok_and(|open| open);
-            let all = vmms.len() == WARM as usize && vmms.iter().all(open);
+            let all = vmms.len() == WARM as usize + guests && vmms.iter().all(open);
             if info.warm == WARM && all { Ok(vmms) } else { Err(format!("{info:?}, {vmms:?}")) }
         };
         Ok(wait::found_async("VMMs to be ready", PATIENCE, look).await?)
     }
+}
 
+struct WarmLaunches(WarmService);
+
+impl WarmLaunches {
     async fn measure(&self, samples: &mut Samples) -> anyhow::Result<()> {
-        let vmms = self.ready().await?;
+        let vmms = self.0.ready(0).await?;
         samples.add(MEMORY, Pss::of(*vmms.first().context("a ready VMM")?)?.total_kib);
-        let (launched, _) = launch::live(&self.host).await?;
+        let (launched, _) = launch::live(&self.0.host).await?;
         samples.time(LAUNCH, launched);
         // The next group is not to share the machine with a VMM that starts.
-        self.ready().await.map(drop)
+        self.0.ready(0).await.map(drop)
     }
 }
 

@@ -1,0 +1,147 @@
+//! Snapshots of a guest that has written its memory, and a guest that goes on from one in a VMM that was ready.
+//!
+//! The parent is another one in each round: its first snapshot moves its memory aside, the second copies what was written since.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use futures::FutureExt;
+use futures::future::LocalBoxFuture;
+use guest_client::{ByteStream, GuestConfig, Launched, Observer, SerialChunk, Snapshot};
+use tokio::sync::mpsc;
+
+use super::figure::{Definition, Samples};
+use super::life::Pss;
+use super::warm::WarmService;
+use super::{Group, Rounds, config, first_byte, floor, output};
+
+const SNAPSHOT: &str = "snapshot";
+const PAUSE: &str = "snapshot-pause";
+const AGAIN: &str = "snapshot-again-pause";
+const FORK: &str = "fork";
+const MEMORY: &str = "fork-memory";
+
+/// The most that a pause may take while memory is only moved aside, in µs.
+const PAUSE_BAR: f64 = 1000.0;
+/// What a fork may take, of the in-process floor.
+const FORK_BAR: f64 = 0.5;
+
+pub(super) static GROUP: Group = Group {
+    figures: &[
+        Definition::time(SNAPSHOT, "snapshot call → answer, 100 MiB written", None),
+        Definition {
+            bar: Some(PAUSE_BAR),
+            ..Definition::time(PAUSE, "how long the guest is paused for it", None)
+        },
+        Definition::time(AGAIN, "the same for the next snapshot, 10 MiB written again", None),
+        Definition {
+            bar: Some(FORK_BAR),
+            ..Definition::time(
+                FORK,
+                "launch from a snapshot with a VMM ready, all in one flight → first byte",
+                Some(floor::IN_PROCESS),
+            )
+        },
+        Definition::memory(MEMORY, "Pss of that VMM with what is not its parent's"),
+    ],
+    open: |_| async { Ok(Box::new(Forks(WarmService::new().await?)) as Box<dyn Rounds>) }.boxed_local(),
+};
+
+struct Forks(WarmService);
+
+/// A guest that answers what it is told.
+struct Parent {
+    launched: Launched,
+    input: ByteStream,
+    output: mpsc::UnboundedReceiver<SerialChunk>,
+    observer: Observer,
+}
+
+impl Parent {
+    async fn boot(service: &WarmService) -> anyhow::Result<Self> {
+        let (sink, mut output) = output();
+        let launched = service.host.launch("")?;
+        let created = launched.lifecycle.create(&config(&launched.lifecycle)?);
+        let guest = launched.lifecycle.bind();
+        let (input, observer) = (guest.serial(sink), guest.observer());
+        let _run = launched.lifecycle.run();
+        first_byte(&mut output).await?;
+        created.await?;
+        Ok(Self { launched, input, output, observer })
+    }
+
+    /// Has it write to so much memory.
+    async fn touch(&mut self, mebibytes: u32) -> anyhow::Result<()> {
+        while self.output.try_recv().is_ok() {}
+        self.input.write(format!("touch {mebibytes}\n").as_bytes()).await?;
+        first_byte(&mut self.output).await
+    }
+
+    /// A snapshot, how long that took, and for how long the guest was paused.
+    async fn snapshot(&self) -> anyhow::Result<(Snapshot, Duration, f64)> {
+        let begin = Instant::now();
+        let snapshot = self.launched.lifecycle.control().snapshot().await?;
+        Ok((snapshot, begin.elapsed(), self.last_pause().await?))
+    }
+
+    /// From the beginning of the last stop of the units to the end of the start after it, in µs.
+    async fn last_pause(&self) -> anyhow::Result<f64> {
+        let passes = self.observer.timeline().await?;
+        let last = |operation| {
+            let pass = passes.iter().rev().find(|pass| pass.operation == operation);
+            pass.with_context(|| format!("no {operation} of the units"))
+        };
+        let (stop, start) = (last("stop")?, last("start")?);
+        let lasted = start.units.iter().filter_map(|unit| unit.ended_us).max().unwrap_or(0);
+        let end = start.began_at_us + lasted;
+        Ok(Duration::from_micros(end - stop.began_at_us).as_secs_f64() * 1e6)
+    }
+}
+
+impl Forks {
+    async fn measure(&self, samples: &mut Samples) -> anyhow::Result<()> {
+        let mut parent = Parent::boot(&self.0).await?;
+        parent.touch(100).await?;
+        self.0.ready(1).await?;
+        let (snapshot, call, pause) = parent.snapshot().await?;
+        samples.time(SNAPSHOT, call);
+        samples.add(PAUSE, pause);
+        self.0.ready(1).await?;
+        self.fork(&snapshot, samples).await?;
+        self.0.ready(1).await?;
+        parent.touch(10).await?;
+        let (_, _, pause) = parent.snapshot().await?;
+        samples.add(AGAIN, pause);
+        parent.launched.lifecycle.stop().await?;
+        // Their memory goes back to the host before the next group begins.
+        drop((parent, snapshot));
+        self.0.ready(0).await.map(drop)
+    }
+
+    async fn fork(&self, snapshot: &Snapshot, samples: &mut Samples) -> anyhow::Result<()> {
+        let (sink, mut output) = output();
+        let begin = Instant::now();
+        let Launched { lifecycle, exit: _, id } = snapshot.launch("")?;
+        let created = lifecycle.create(&GuestConfig::new(None, 0));
+        let input = lifecycle.bind().serial(sink);
+        let _run = lifecycle.run();
+        let written = input.write(b"echo on\n");
+        let (written, answered) = futures::join!(written, first_byte(&mut output));
+        samples.time(FORK, begin.elapsed());
+        written?;
+        answered?;
+        created.await?;
+        let id = id.await?;
+        let guests = self.0.host.list().await?;
+        let fork = guests.iter().find(|guest| guest.id == id).context("the fork runs")?;
+        samples.add(MEMORY, Pss::of(fork.pid)?.total_kib);
+        lifecycle.stop().await?;
+        Ok(())
+    }
+}
+
+impl Rounds for Forks {
+    fn round<'a>(&'a mut self, samples: &'a mut Samples) -> LocalBoxFuture<'a, anyhow::Result<()>> {
+        self.measure(samples).boxed_local()
+    }
+}
