@@ -10,8 +10,7 @@ use guest_schema::{
 };
 use guest_transport::Descriptors;
 use machine::layout::COMMAND_LINE;
-use machine::memory::MINIMUM_BYTES;
-use machine::memory::MemoryImage;
+use machine::memory::{MINIMUM_BYTES, MemoryImage};
 use processor::{CpuidMask, HostCpus};
 use rustix::fs::FileType;
 use state_unit::SavedStateUnit;

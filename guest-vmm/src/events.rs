@@ -38,11 +38,11 @@ impl EventLog {
     }
 
     /// A transition of its state units has ended.
-    pub fn transition(&self, operation: &str, took: Duration, result: &Result<(), Failure>) {
+    pub fn transition(&self, operation: &str, took: Duration, failure: Option<&Failure>) {
         self.record(EventKind::Transition(TransitionEnd {
             operation: operation.to_owned(),
             duration_us: micros(took),
-            failure: result.as_ref().err().cloned(),
+            failure: failure.cloned(),
         }));
     }
 

@@ -30,31 +30,36 @@ const MAX_STATE: u64 = 256 << 20;
 
 /// What a guest was made of, kept for its snapshots.
 pub(crate) struct Origin {
-    /// Its config, encoded, without what is granted.
-    config: Vec<u8>,
+    /// Without what is granted.
+    config: GuestConfig,
     kernel: Arc<File>,
     ramdisk: Option<Arc<File>>,
-    /// What every snapshot of it has.
-    info: SnapshotInfo,
 }
 
 impl Origin {
     /// Of a guest with this config and these sealed files.
-    pub fn new(config: &GuestConfig, kernel: &File, ramdisk: Option<&File>) -> io::Result<Arc<Self>> {
+    pub fn new(config: GuestConfig, kernel: &File, ramdisk: Option<&File>) -> io::Result<Self> {
+        Ok(Self {
+            config: without_grants(config),
+            kernel: Arc::new(kernel.try_clone()?),
+            ramdisk: ramdisk.map(File::try_clone).transpose()?.map(Arc::new),
+        })
+    }
+
+    /// What its machine gave just now.
+    pub fn taken(&self, snapshot: MachineSnapshot) -> TakenSnapshot {
+        let Self { config, kernel, ramdisk } = self;
+        let MachineSnapshot { states, memory } = snapshot;
         let info = SnapshotInfo {
+            units: states.iter().map(|unit| unit.name.clone()).collect(),
+            taken_at_us: now_us(),
             vps: config.cpus,
             disks: config.devices.block.iter().map(|disk| disk.id.clone()).collect(),
             networks: u32::try_from(config.devices.net.len()).expect("there are few"),
             ..SnapshotInfo::default()
         };
-        let mut message = capnp::message::Builder::new_default();
-        without_grants(config.clone()).write(message.init_root());
-        Ok(Arc::new(Self {
-            config: capnp::serialize::write_message_to_words(&message),
-            kernel: Arc::new(kernel.try_clone()?),
-            ramdisk: ramdisk.map(File::try_clone).transpose()?.map(Arc::new),
-            info,
-        }))
+        let state = encode(config, states);
+        TakenSnapshot { state, kernel: kernel.clone(), ramdisk: ramdisk.clone(), memory, info }
     }
 }
 
@@ -81,52 +86,44 @@ fn without_grants(mut config: GuestConfig) -> GuestConfig {
 
 /// A snapshot that was taken, while the guest goes on.
 pub(crate) struct TakenSnapshot {
-    origin: Arc<Origin>,
-    units: Vec<SavedStateUnit>,
+    state: SnapshotState,
+    kernel: Arc<File>,
+    ramdisk: Option<Arc<File>>,
     memory: Frozen,
-    taken_at_us: u64,
+    /// Without what is known of the memory once it is sealed.
+    info: SnapshotInfo,
 }
 
 /// A snapshot that nobody can change any more.
 pub(crate) struct SealedSnapshot {
     pub files: SnapshotFiles,
-    /// Without its parent's id.
+    /// Without its parent's id, which the service knows.
     pub info: SnapshotInfo,
 }
 
 impl TakenSnapshot {
-    /// What a machine gave just now, of a guest that was made so.
-    pub fn new(origin: Arc<Origin>, snapshot: MachineSnapshot) -> Self {
-        let MachineSnapshot { states, memory } = snapshot;
-        Self { origin, units: states, memory, taken_at_us: now_us() }
-    }
-
     /// Completes it. Blocks for as long as the host takes to unmap what the guest had mapped.
     pub fn seal(self) -> Result<SealedSnapshot, Failure> {
-        let Self { origin, units, memory, taken_at_us } = self;
-        let Origin { config, kernel, ramdisk, info } = &*origin;
+        let Self { state, kernel, ramdisk, memory, info } = self;
         let FrozenMemory { image, bytes, method, copied_bytes, .. } =
             memory.seal().map_err(|error| not_to_be_had(chain(&error)))?;
         let info = SnapshotInfo {
             memory_bytes: bytes,
-            units: units.iter().map(|unit| unit.name.clone()).collect(),
-            taken_at_us,
             memory: match method {
                 FreezeMethod::Remapped => MemoryKept::Remapped,
                 FreezeMethod::Layered => MemoryKept::Layered,
                 FreezeMethod::Copied => MemoryKept::Copied,
             },
             copied_bytes,
-            ..info.clone()
+            ..info
         };
-        let state =
-            encode(config.clone(), units).map_err(|error| not_to_be_had(format!("its state: {error}")))?;
+        let state = state_file(&state).map_err(|error| not_to_be_had(format!("its state: {error}")))?;
         let mut files = BTreeMap::new();
         files.insert(SnapshotFile::State, Arc::new(state));
         files.insert(SnapshotFile::Memory, image.base.file().clone());
-        files.insert(SnapshotFile::Kernel, kernel.clone());
+        files.insert(SnapshotFile::Kernel, kernel);
         files.extend(image.layer.map(|layer| (SnapshotFile::Layer, layer.file().clone())));
-        files.extend(ramdisk.clone().map(|ramdisk| (SnapshotFile::Ramdisk, ramdisk)));
+        files.extend(ramdisk.map(|ramdisk| (SnapshotFile::Ramdisk, ramdisk)));
         Ok(SealedSnapshot { files: SnapshotFiles(files), info })
     }
 }
@@ -135,14 +132,22 @@ fn not_to_be_had(problem: impl std::fmt::Display) -> Failure {
     Failure::new(GuestError::InternalError, format!("the snapshot is not to be had: {problem}"))
 }
 
-/// The state's file, sealed.
-fn encode(config: Vec<u8>, units: Vec<SavedStateUnit>) -> io::Result<File> {
+fn encode(config: &GuestConfig, units: Vec<SavedStateUnit>) -> SnapshotState {
+    let mut message = capnp::message::Builder::new_default();
+    config.write(message.init_root());
     let unit = |SavedStateUnit { name, state }| {
         let state = state.unwrap_or_default();
         UnitState { name, type_name: state.type_name().to_owned(), value: state.value().to_vec() }
     };
-    let units = units.into_iter().map(unit).collect();
-    let state = SnapshotState { format: FORMAT, config, units };
+    SnapshotState {
+        format: FORMAT,
+        config: capnp::serialize::write_message_to_words(&message),
+        units: units.into_iter().map(unit).collect(),
+    }
+}
+
+/// The state's file, sealed.
+fn state_file(state: &SnapshotState) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let mut file = File::from(memfd_create("snapshot-state", flags)?);
     file.write_all(&state.encode_to_vec())?;

@@ -57,7 +57,7 @@ pub(crate) struct Vm {
     client_units: ClientUnits,
     halts: mpsc::UnboundedReceiver<Halt>,
     guest: Rc<Guest>,
-    origin: Arc<Origin>,
+    origin: Origin,
 }
 
 impl Vm {
@@ -85,7 +85,7 @@ impl Vm {
             () = cancel.cancelled() => return Err(cancelled()),
         };
         let BootFiles { kernel, initrd, .. } = &config.boot;
-        let origin = Origin::new(&guest_config, kernel, initrd.as_ref());
+        let origin = Origin::new(guest_config, kernel, initrd.as_ref());
         let origin = origin.map_err(|error| initialization(&error))?;
         let (states, image) = restored.map(|restored| (restored.units, restored.image)).unzip();
         let config = MachineConfig { image, ..config };
@@ -142,14 +142,11 @@ impl Vm {
 
     /// Takes a snapshot. The guest goes on if it runs, also if there is none.
     pub async fn snapshot(&self) -> Result<TakenSnapshot, Failure> {
-        let begun = Instant::now();
-        let taken = self.machine.snapshot().await;
-        let taken = taken
-            .map(|snapshot| TakenSnapshot::new(self.origin.clone(), snapshot))
-            .map_err(|error| snapshot_failure(&error, self.is_faulted()));
-        let told = taken.as_ref().map(drop).map_err(Failure::clone);
-        self.guest.events().transition("snapshot", begun.elapsed(), &told);
-        taken
+        let failed = |error: SnapshotError| snapshot_failure(&error, self.is_faulted());
+        told(&self.guest, "snapshot", async {
+            self.machine.snapshot().await.map(|snapshot| self.origin.taken(snapshot)).map_err(failed)
+        })
+        .await
     }
 
     /// Adds a client's unit, stopped.
@@ -243,14 +240,14 @@ fn snapshot_failure(error: &SnapshotError, faulted: bool) -> Failure {
 }
 
 /// Carries out a transition, and tells the guest's subscribers of its end.
-async fn told(
+async fn told<T>(
     guest: &Guest,
     operation: &str,
-    transition: impl Future<Output = Result<(), Failure>>,
-) -> Result<(), Failure> {
+    transition: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
     let begun = Instant::now();
     let result = transition.await;
-    guest.events().transition(operation, begun.elapsed(), &result);
+    guest.events().transition(operation, begun.elapsed(), result.as_ref().err());
     result
 }
 

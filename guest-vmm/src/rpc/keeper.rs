@@ -3,7 +3,7 @@
 use crate::snapshot::SealedSnapshot;
 use guest_schema::snapshot_capnp::snapshot;
 use guest_schema::vmm_capnp::vmm_watcher;
-use guest_schema::{Failure, GuestError, SnapshotInfo};
+use guest_schema::{Failure, GuestError};
 use guest_transport::Descriptors;
 use std::fs::File;
 use std::sync::Arc;
@@ -14,8 +14,6 @@ pub(crate) struct Keeper {
     watcher: vmm_watcher::Client,
     /// Of the service's channel.
     descriptors: Descriptors,
-    /// The guest's.
-    id: String,
 }
 
 /// A snapshot that is kept, and what finds it.
@@ -25,8 +23,8 @@ pub(crate) struct KeptSnapshot {
 }
 
 impl Keeper {
-    pub fn new(watcher: vmm_watcher::Client, descriptors: Descriptors, id: String) -> Self {
-        Self { watcher, descriptors, id }
+    pub fn new(watcher: vmm_watcher::Client, descriptors: Descriptors) -> Self {
+        Self { watcher, descriptors }
     }
 
     /// Hands a snapshot over.
@@ -48,7 +46,7 @@ impl Keeper {
             entry.set_name(name.name());
             entry.set_descriptor(self.push(file)?);
         }
-        SnapshotInfo { parent: self.id.clone(), ..sealed.info.clone() }.write(parts.init_info());
+        sealed.info.write(parts.init_info());
         let answer = request.send().promise.await?;
         let results = answer.get()?;
         if results.has_error() {

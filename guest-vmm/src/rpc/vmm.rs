@@ -54,7 +54,7 @@ impl VmmChannel {
         let attach =
             attach.ok_or_else(|| Failure::new(GuestError::AlreadyRunning, "a lease was attached before"))?;
         let gone = |_| Failure::new(GuestError::InternalError, "the VMM is ending");
-        let keeper = Keeper::new(watcher.clone(), self.descriptors.clone(), id.clone());
+        let keeper = Keeper::new(watcher.clone(), self.descriptors.clone());
         self.keeper.replace(Some(keeper.clone()));
         let service = ServiceEnds { keeper: Some(keeper), snapshot };
         attach.send(Attached { lease, id, watcher, service }).map_err(gone)

@@ -28,9 +28,9 @@ fn config() -> GuestConfig {
 
 /// The files of a snapshot of a guest with that config.
 fn files() -> Vec<(String, File)> {
-    let origin = Origin::new(&config(), &sealed(b"kernel"), None).expect("an origin");
+    let origin = Origin::new(config(), &sealed(b"kernel"), None).expect("an origin");
     let unit = SavedStateUnit { name: "vps".into(), state: Some(SavedStateBlob::from_parts("a.B", [1, 2])) };
-    let state = encode(origin.config.clone(), vec![unit]).expect("a state");
+    let state = state_file(&encode(&origin.config, vec![unit])).expect("a state");
     let named = [("state", state), ("memory", sealed(&[0; 4096])), ("kernel", sealed(b"kernel"))];
     named.map(|(name, file)| (name.to_owned(), file)).into()
 }
