@@ -37,16 +37,20 @@ fn serve<'lab>(
 ) -> anyhow::Result<LabProcess<'lab>> {
     let path = format!("{}/vsock.sock_{port}", guest.folder());
     let name = format!("{}-{port}", guest.folder().trim_start_matches("/tmp/"));
-    let server =
-        lab.spawn(&name, &format!("exec socat -t 100 UNIX-LISTEN:{path},fork,backlog=1000 {command}"))?;
+    let server = lab.spawn(
+        &name,
+        &format!("exec socat -b 65536 -t 100 UNIX-LISTEN:{path},fork,backlog=1000 {command}"),
+    )?;
     server.until(&format!("test -S {path}"), "socket", LIMIT)?;
     Ok(server)
 }
 
 /// Lets the guest's program `command` answer what the host connects to at `port`.
 fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Result<()> {
-    guest
-        .ask(&format!("{{ socat -t 100 VSOCK-LISTEN:{port},fork {command} 2>/tmp/err-{port} & }}"), LIMIT)?;
+    guest.ask(
+        &format!("{{ socat -b 65536 -t 100 VSOCK-LISTEN:{port},fork {command} 2>/tmp/err-{port} & }}"),
+        LIMIT,
+    )?;
     // Listening shows nowhere: whoever connects too early is refused, so that is tried.
     // With a space, for two parentheses would be arithmetic.
     let seen = format!("test \"$( {})\"", connect(port, ":", "true"));
@@ -57,14 +61,15 @@ fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Res
 /// The host's command that connects to the guest's `port`, sends what `source` writes, and gives what comes back to `sink`.
 fn connect(port: u32, source: &str, sink: &str) -> String {
     format!(
-        "(echo CONNECT {port}; {source}) | socat -t 100 - UNIX-CONNECT:vsock.sock | (read -r ok && echo $ok; {sink})"
+        "(echo CONNECT {port}; {source}) | socat -b 65536 -t 100 - UNIX-CONNECT:vsock.sock | (read -r ok && echo $ok; {sink})"
     )
 }
 
 pub fn linux_connects_and_is_connected_to(lab: &Lab) -> anyhow::Result<()> {
     let guest = start(lab, "vsock")?;
     let _echo = serve(lab, &guest, 1000, "EXEC:cat")?;
-    let answer = guest.ask("echo from the guest | socat -t 100 - VSOCK-CONNECT:2:1000,retry=9", LIMIT)?;
+    let answer =
+        guest.ask("echo from the guest | socat -b 65536 -t 100 - VSOCK-CONNECT:2:1000,retry=9", LIMIT)?;
     ensure!(answer == "from the guest\n", "{answer:?}");
     let refused = guest.ask("socat - VSOCK-CONNECT:2:1001 </dev/null 2>&1 || echo refused", LIMIT)?;
     ensure!(refused.contains("Connection reset") && refused.ends_with("refused\n"), "{refused:?}");
@@ -87,7 +92,7 @@ pub fn linux_closes_in_every_order(lab: &Lab) -> anyhow::Result<()> {
     // Says nothing before it has seen the end.
     let _sum = serve(lab, &guest, 1000, "EXEC:sha256sum")?;
     let expected = guest.here("printf half | sha256sum")?;
-    let answer = guest.ask("printf half | socat -t 100 - VSOCK-CONNECT:2:1000,retry=9", LIMIT)?;
+    let answer = guest.ask("printf half | socat -b 65536 -t 100 - VSOCK-CONNECT:2:1000,retry=9", LIMIT)?;
     ensure!(answer == expected, "the guest ends its way first: {answer:?}");
     serve_in_guest(&guest, 2000, "EXEC:sha256sum")?;
     let answer = guest.here(&connect(2000, "printf half", "cat"))?;
@@ -95,7 +100,7 @@ pub fn linux_closes_in_every_order(lab: &Lab) -> anyhow::Result<()> {
 
     // The server speaks and is gone before the client, which has ended nothing, has read.
     let _hasty = serve(lab, &guest, 1001, "SYSTEM:'echo hasty'")?;
-    let answer = guest.ask("sleep 3 | socat -t 100 - VSOCK-CONNECT:2:1001,retry=9", LIMIT)?;
+    let answer = guest.ask("sleep 3 | socat -b 65536 -t 100 - VSOCK-CONNECT:2:1001,retry=9", LIMIT)?;
     ensure!(answer == "hasty\n", "the host closes first: {answer:?}");
     serve_in_guest(&guest, 2001, "SYSTEM:'echo hasty'")?;
     let answer = guest.here(&connect(2001, "sleep 3", "cat"))?;
@@ -104,7 +109,7 @@ pub fn linux_closes_in_every_order(lab: &Lab) -> anyhow::Result<()> {
     // The client sends and is gone, while all is still on its way.
     let keep =
         serve(lab, &guest, 1002, "SYSTEM:'until [ -e go ]; do sleep 0.2; done; cat >kept; touch whole'")?;
-    guest.ask("head -c 200000 /dev/zero | socat -u - VSOCK-CONNECT:2:1002,retry=9", LIMIT)?;
+    guest.ask("head -c 200000 /dev/zero | socat -b 65536 -u - VSOCK-CONNECT:2:1002,retry=9", LIMIT)?;
     keep.here("touch go")?;
     keep.until("test -e whole", "end of what the guest has sent", LIMIT)?;
     let kept = keep.here("wc -c <kept")?;
@@ -117,7 +122,7 @@ pub fn linux_has_many_connections_at_once(lab: &Lab) -> anyhow::Result<()> {
     let count = scaled(CONNECTIONS);
     let guest = start(lab, "many")?;
     let hold = serve(lab, &guest, 1000, "SYSTEM:'touch up-$$; until [ -e go ]; do sleep 1; done; cat'")?;
-    let client = "(echo $i | socat -t 100 - VSOCK-CONNECT:2:1000,retry=9 >/tmp/answer-$i) &";
+    let client = "(echo $i | socat -b 65536 -t 100 - VSOCK-CONNECT:2:1000,retry=9 >/tmp/answer-$i) &";
     guest.ask(&format!("for i in $(seq {count}); do {client} done"), LIMIT)?;
     let up = format!("test $(ls | grep -c up-) = {count}");
     hold.until(&up, "connection of each program at the same time", LIMIT)?;
@@ -139,7 +144,7 @@ pub fn what_linux_sends_and_gets_is_whole(lab: &Lab) -> anyhow::Result<()> {
     let random = "head -c 1048576 /dev/urandom >random";
     guest.ask(&format!("cd /tmp; {random}"), LIMIT)?;
     let sum = serve(lab, &guest, 1000, "SYSTEM:'sha256sum >sum; touch whole'")?;
-    guest.ask(&format!("({pieces}) | socat -u - VSOCK-CONNECT:2:1000,retry=9"), 5 * LIMIT)?;
+    guest.ask(&format!("({pieces}) | socat -b 65536 -u - VSOCK-CONNECT:2:1000,retry=9"), 5 * LIMIT)?;
     sum.until("test -e whole", "end of what the guest has sent", LIMIT)?;
     let sent = guest.ask(&format!("({pieces}) | sha256sum"), 5 * LIMIT)?;
     let received = sum.here("cat sum")?;
