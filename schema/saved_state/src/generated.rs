@@ -40,7 +40,9 @@ pub mod machine {
     #[rustfmt::skip]
     pub mod memory; /// Snapshots of guests.
     #[rustfmt::skip]
-    pub mod snapshot;
+    pub mod snapshot; /// Files of snapshots.
+    #[rustfmt::skip]
+    pub mod snapshot_file;
 }
 
 /// The messages of the VPs and the partition.

@@ -1,0 +1,90 @@
+//! Files that are there under their names only once they are whole.
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
+
+/// A file that is being written, and has its name only once it is whole: a crash at any moment leaves what was there before, or it.
+///
+/// Dropping it leaves nothing. Neither does a crash, where the file system has files without names; where it has not, a file remains
+/// whose name begins with a dot and ends with `.partial`.
+pub struct SavedFile {
+    file: Written,
+    path: PathBuf,
+}
+
+enum Written {
+    /// It has no name yet.
+    Unnamed(File),
+    Named(NamedTempFile),
+}
+
+impl SavedFile {
+    /// An empty file that is to have this name. A symbolic link is followed. Only its owner may read it.
+    ///
+    /// # Errors
+    /// If the folder takes no new files.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let path = match path.canonicalize() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
+            found => found?,
+        };
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = match openat(CWD, folder(&path), flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => Written::Unnamed(file.into()),
+            // What a file system says that has no such files (open(2)).
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => {
+                Written::Named(unfinished().tempfile_in(folder(&path))?)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Self { file, path })
+    }
+
+    /// What is to be written.
+    pub fn file(&self) -> &File {
+        match &self.file {
+            Written::Unnamed(file) => file,
+            Written::Named(file) => file.as_file(),
+        }
+    }
+
+    /// Has it on disk whole, then under its name in place of what was there, and that on disk as well. Blocks.
+    ///
+    /// # Errors
+    /// If that fails; then what was there before is there still, unless only the folder could not be written out.
+    pub fn commit(self) -> io::Result<()> {
+        self.file().sync_all()?;
+        let Self { file, path } = self;
+        match file {
+            Written::Unnamed(file) => {
+                // A link replaces nothing, so it has another name first.
+                let link = |to: &Path| link(&file, to);
+                unfinished().make_in(folder(&path), link)?.persist(&path).map_err(|error| error.error)?;
+            }
+            Written::Named(file) => drop(file.persist(&path).map_err(|error| error.error)?),
+        }
+        File::open(folder(&path))?.sync_all()
+    }
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The name of what is not whole.
+fn unfinished<'a, 'b>() -> tempfile::Builder<'a, 'b> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".").suffix(".partial");
+    builder
+}
+
+/// Gives a file its first name (open(2), O_TMPFILE).
+fn link(file: &File, to: &Path) -> io::Result<()> {
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(linkat(CWD, unnamed, CWD, to, AtFlags::SYMLINK_FOLLOW)?)
+}

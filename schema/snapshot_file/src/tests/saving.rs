@@ -1,0 +1,53 @@
+use super::*;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8")).collect();
+    names.sort();
+    names
+}
+
+fn save(path: &Path, bytes: &[u8]) {
+    let saved = SavedFile::create(path).expect("created");
+    saved.file().write_all_at(bytes, 0).expect("written");
+    saved.commit().expect("saved");
+}
+
+#[test]
+fn a_file_is_there_only_once_it_is_whole() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("one.snapshot");
+    let saved = SavedFile::create(&path).expect("created");
+    saved.file().write_all_at(b"half", 0).expect("written");
+    assert_eq!(names(folder.path()), [""; 0], "not even under another name");
+    saved.commit().expect("saved");
+    assert_eq!(std::fs::read(&path).expect("there"), b"half");
+    assert_eq!(names(folder.path()), ["one.snapshot"]);
+    assert_eq!(path.metadata().expect("there").permissions().mode() & 0o777, 0o600, "memory has secrets");
+}
+
+#[test]
+fn what_was_there_stays_until_then() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, link) = (folder.path().join("one"), folder.path().join("link"));
+    save(&path, b"old");
+    std::os::unix::fs::symlink("one", &link).expect("a link");
+    let dropped = SavedFile::create(&link).expect("created");
+    dropped.file().write_all_at(b"new", 0).expect("written");
+    drop(dropped);
+    assert_eq!(std::fs::read(&path).expect("there"), b"old");
+    save(&link, b"new");
+    assert_eq!(std::fs::read(&path).expect("there"), b"new", "through the link");
+    assert_eq!(names(folder.path()), ["link", "one"]);
+}
+
+#[test]
+fn a_file_of_a_snapshot_is_known_by_its_end() {
+    assert!(is_snapshot_file(&bytes_file(&snapshot())).expect("read"));
+    for bytes in [&b""[..], b"guestd snapshot\n", &[0; 64], &[b'g'; 5000]] {
+        assert!(!is_snapshot_file(&bytes_file(bytes)).expect("read"));
+    }
+}
