@@ -4,6 +4,7 @@
 using Common = import "common.capnp";
 using Guest = import "guest.capnp";
 using Host = import "host.capnp";
+using Vmm = import "vmm.capnp";
 
 interface Snapshot {
   # A guest at one moment: its memory, its state units, its kernel and config. Kept by the service; immutable; outlives its guest. The
@@ -20,9 +21,14 @@ interface Snapshot {
   # is badConfig. Errors of create besides: snapshotIncompatible (the host lacks what the guest has; the detail names it),
   # snapshotCorrupt.
   export @3 (output :Common.OutputSink) -> (result :Common.Result);
-  # unimplemented.
+  # Writes the snapshot's file to the output, from its beginning to its end, with zeros for the memory that has nothing; `lost` is always
+  # 0. It goes as fast as the output answers, and the result comes once it has answered all of it. failedServiceConnect if the output
+  # fails. Dropping the call ends it. A client that can be passed descriptors is faster with `files`.
   launchProxied @4 (id :Text) -> (lifecycle :Guest.GuestLifecycle, id :Text, exit :Host.GuestExit, error :Common.Failure);
   # As GuestHost.launchProxied, and launch.
+  files @5 () -> (parts :Vmm.SnapshotParts, error :Common.Failure);
+  # What it consists of, over the client's own channel: whoever holds them has the snapshot without the service, and can write its file.
+  # badConfig for a capability that came over another channel: GuestHost.snapshot finds one.
 }
 
 struct SnapshotInfo {

@@ -12,11 +12,14 @@ use futures::FutureExt;
 use guest_schema::common_capnp::failure;
 use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::host_capnp::{guest_exit, guest_host, guest_info, host_info};
-use guest_schema::{Failure, Phase};
+use guest_schema::vmm_capnp::snapshot_file;
+use guest_schema::{Failure, Phase, SnapshotFile};
 use guest_transport::broken;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
@@ -162,6 +165,18 @@ impl Host {
     /// Sends a descriptor with the next message, which is to hold its number.
     pub(crate) fn pass(&self, descriptor: OwnedFd) -> u64 {
         self.channel.descriptors.push(descriptor)
+    }
+
+    /// Takes a file of a snapshot that was passed.
+    pub(crate) fn take_file(
+        &self,
+        file: snapshot_file::Reader<'_>,
+    ) -> capnp::Result<(SnapshotFile, Arc<File>)> {
+        let taken = self.channel.descriptors.take(file.get_descriptor());
+        let name = file.get_name()?.to_str()?;
+        let unknown = || capnp::Error::failed(format!("{name:?} is none of a snapshot's files"));
+        let taken = taken.map_err(|error| capnp::Error::failed(format!("{name}: {error}")))?;
+        Ok((SnapshotFile::named(name).ok_or_else(unknown)?, Arc::new(taken.into())))
     }
 
     /// What a launch over this connection comes to, whose answer is on its way.

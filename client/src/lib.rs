@@ -2,7 +2,7 @@
 //!
 //! [`Host`] is a connection to guestd; [`Host::launch`] gives a [`Lifecycle`], the lease of one guest, over a channel of its own;
 //! [`Lifecycle::bind`] gives the [`Guest`], its user, and [`Lifecycle::control`] its operator. [`Control::snapshot`] keeps the guest as it
-//! is; [`Snapshot::launch`] gives the lease of another that goes on from there.
+//! is; [`Snapshot::launch`] gives the lease of another that goes on from there, and [`Snapshot::save`] writes it to a file.
 //!
 //! Everything here belongs to one thread and must be used inside a tokio `LocalSet`, which runs the connections: nothing is
 //! sent, and no answer arrives, while that set is not polled.
@@ -58,6 +58,7 @@ mod guest;
 mod host;
 mod lifecycle;
 mod mem;
+mod saved;
 mod serial;
 mod snapshot;
 mod vsock;
@@ -80,9 +81,11 @@ pub use guest_schema::{
     Rendering, SavedStateKind, SegmentRegister, SnapshotInfo, StepOutcome, TableRegister, Transition,
     TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
 };
+pub use guest_snapshot_file as snapshot_file;
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};
 pub use lifecycle::Lifecycle;
 pub use mem::{Mem, MemSize};
+pub use saved::{SaveError, SavedSnapshot};
 pub use serial::{ByteStream, Callback, OutputClosed, SerialChunk, SerialOutput};
 pub use snapshot::Snapshot;
 pub use vsock::{

@@ -64,7 +64,7 @@ impl<F: FnMut(&[u8], u64) + 'static> SerialOutput for Callback<F> {
     }
 }
 
-struct Sink<O>(O);
+pub(crate) struct Sink<O>(pub O);
 
 impl<O: SerialOutput> output_sink::Server for Sink<O> {
     async fn write(self: Rc<Self>, params: output_sink::WriteParams) -> capnp::Result<()> {

@@ -3,8 +3,10 @@
 use crate::call::{Call, failure_beside};
 use crate::error::ClientError;
 use crate::host::{Host, Launched, Lease, read_launched};
-use guest_schema::SnapshotInfo;
+use crate::serial::{SerialOutput, Sink};
 use guest_schema::snapshot_capnp::snapshot;
+use guest_schema::{Failure, SnapshotInfo};
+use guest_snapshot_file::SnapshotSource;
 use std::rc::Rc;
 
 /// A guest at one moment, which the service keeps; immutable. It outlives its guest, and lasts for as long as anybody refers to it and
@@ -73,9 +75,38 @@ impl Snapshot {
         }))
     }
 
+    /// The files that it consists of, sealed: whoever holds them has the snapshot without the service. [`Self::save`] writes them as
+    /// one.
+    ///
+    /// # Errors
+    /// If this came over its guest's channel, as in [`Self::launch`].
+    pub fn files(&self) -> Call<SnapshotSource> {
+        let host = match self.host() {
+            Ok(host) => host.clone(),
+            Err(error) => return Call::around(std::future::ready(Err(error))),
+        };
+        Call::send(self.client.files_request(), self.clone(), move |results| {
+            let parts = results.get_parts()?;
+            // Taken even if they come with a refusal, so that none is left waiting on the channel.
+            let files =
+                parts.get_files()?.iter().map(|file| host.take_file(file)).collect::<capnp::Result<_>>()?;
+            let refused = failure_beside(results.has_error(), results.get_error())?;
+            let info = SnapshotInfo::read(parts.get_info()?)?;
+            Ok(refused.map(|()| SnapshotSource { files, info }))
+        })
+    }
+
+    /// Writes its file to `output`, as fast as that takes it, with zeros for the memory that has nothing. Answers once all of it is
+    /// taken. For a client that cannot be passed descriptors: [`Self::save`] is faster.
+    pub fn export(&self, output: impl SerialOutput) -> Call<()> {
+        let mut request = self.client.export_request();
+        request.get().set_output(capnp_rpc::new_client(Sink(output)));
+        Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
+    }
+
     fn host(&self) -> Result<&Host, ClientError> {
         self.host.as_ref().ok_or_else(|| ClientError::Local {
-            what: "cannot launch from a snapshot",
+            what: "cannot launch from a snapshot, or have its files",
             reason: "it came over its guest's channel: find it by its token".into(),
         })
     }

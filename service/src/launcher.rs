@@ -1,12 +1,14 @@
 //! Launches for one client, of new guests and of those that go on from a snapshot; and `Snapshot`, which does nothing else.
 
 use crate::Service;
+use crate::export::export;
 use crate::launch::{Guest, Order};
 use crate::proxy::ProxiedLifecycle;
 use crate::snapshots::Kept;
 use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::host_capnp::guest_exit;
 use guest_schema::snapshot_capnp::snapshot;
+use guest_schema::vmm_capnp::snapshot_parts;
 use guest_schema::{Failure, GuestError};
 use guest_transport::{Descriptors, broken};
 use std::os::fd::OwnedFd;
@@ -76,6 +78,21 @@ impl Snapshot {
     }
 }
 
+impl Snapshot {
+    fn write_files(&self, parts: snapshot_parts::Builder<'_>) -> Result<(), Failure> {
+        let Some(descriptors) = &self.launcher.descriptors else {
+            let detail =
+                "files: none come with this capability: GuestHost.snapshot finds one with which they do";
+            return Err(Failure::new(GuestError::BadConfig, detail));
+        };
+        let files = self.kept.duplicate().map_err(|error| {
+            Failure::new(GuestError::InternalError, format!("files: they cannot be passed on: {error}"))
+        })?;
+        files.write(descriptors, parts);
+        Ok(())
+    }
+}
+
 impl snapshot::Server for Snapshot {
     async fn info(
         self: Rc<Self>,
@@ -108,6 +125,29 @@ impl snapshot::Server for Snapshot {
                 results.set_exit(broken(&failure));
                 failure.write(results.init_error());
             }
+        }
+        Ok(())
+    }
+
+    async fn export(
+        self: Rc<Self>,
+        params: snapshot::ExportParams,
+        mut results: snapshot::ExportResults,
+    ) -> capnp::Result<()> {
+        let output = params.get()?.get_output()?;
+        let exported = export(self.kept.source(), &output).await;
+        Failure::write_result(&exported, results.get().init_result());
+        Ok(())
+    }
+
+    async fn files(
+        self: Rc<Self>,
+        _: snapshot::FilesParams,
+        mut results: snapshot::FilesResults,
+    ) -> capnp::Result<()> {
+        let mut results = results.get();
+        if let Err(failure) = self.write_files(results.reborrow().init_parts()) {
+            failure.write(results.init_error());
         }
         Ok(())
     }

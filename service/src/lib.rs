@@ -5,6 +5,7 @@
 
 mod config;
 mod exit;
+mod export;
 mod guests;
 mod host;
 mod launch;

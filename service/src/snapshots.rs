@@ -1,24 +1,27 @@
 //! Snapshots that the service keeps for others: files that a VMM hands over, and what they are of.
 //!
-//! The files are sealed memfds, which are passed on and never mapped or read here. A snapshot lasts for as long as a capability to it
+//! The files are sealed memfds, which are passed on and never mapped, and read for an export alone. A snapshot lasts for as long as a capability to it
 //! does; there is no list of them. Limits: one service's memory; nothing of them outlives it.
 
 use crate::guests::quoted;
 use guest_schema::vmm_capnp::{snapshot_file, snapshot_parts};
 use guest_schema::{Failure, GuestError, SnapshotFile, SnapshotInfo};
+use guest_snapshot_file::SnapshotSource;
 use guest_transport::Descriptors;
 use rustix::fs::SealFlags;
 use rustix::rand::GetRandomFlags;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 
 /// What a snapshot is found by.
 type Token = [u8; 16];
 
 /// The files of a snapshot.
-type Files = BTreeMap<SnapshotFile, OwnedFd>;
+type Files = BTreeMap<SnapshotFile, Arc<File>>;
 
 /// The largest info of a snapshot, in words of 8 bytes: what it says is kept for as long as the snapshot.
 const MAX_INFO_WORDS: u64 = 8 << 10;
@@ -108,7 +111,7 @@ fn take_files(
             Ok(_) if files.contains_key(&file) => {
                 return Ok(bad(format!("files[{index}].name: {name} is there twice")));
             }
-            Ok(descriptor) => drop(files.insert(file, descriptor)),
+            Ok(descriptor) => drop(files.insert(file, Arc::new(File::from(descriptor)))),
         }
     }
     Ok(Ok(files))
@@ -123,7 +126,7 @@ fn check(files: &Files) -> Result<(), Failure> {
     }
     for (file, descriptor) in files {
         let name = file.name();
-        let Ok(seals) = rustix::fs::fcntl_get_seals(descriptor) else {
+        let Ok(seals) = rustix::fs::fcntl_get_seals(&**descriptor) else {
             return bad(format!("files: {name} is no memfd"));
         };
         if !seals.contains(SEALS) {
@@ -154,9 +157,15 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
+    /// What its file is made of.
+    pub fn source(&self) -> SnapshotSource {
+        SnapshotSource { files: self.files.clone(), info: self.info.clone() }
+    }
+
     /// Descriptors of all its files for somebody else.
     pub fn duplicate(&self) -> std::io::Result<Duplicates<'_>> {
-        let duplicate = |(file, descriptor): (&SnapshotFile, &OwnedFd)| Ok((*file, descriptor.try_clone()?));
+        let duplicate =
+            |(name, file): (&SnapshotFile, &Arc<File>)| Ok((*name, OwnedFd::from(file.try_clone()?)));
         let files = self.files.iter().map(duplicate).collect::<std::io::Result<_>>()?;
         Ok(Duplicates { info: &self.info, files })
     }
@@ -171,7 +180,7 @@ impl Drop for Kept {
     }
 }
 
-/// A snapshot's parts on their way to a VMM.
+/// A snapshot's parts on their way to a VMM or a client.
 pub(crate) struct Duplicates<'a> {
     info: &'a SnapshotInfo,
     files: Vec<(SnapshotFile, OwnedFd)>,

@@ -51,6 +51,13 @@ impl SnapshotSource {
     }
 }
 
+/// The parts that are files of the snapshot as they are.
+const FILES: [(Part, SnapshotFile); 3] = [
+    (Part::State, SnapshotFile::State),
+    (Part::Kernel, SnapshotFile::Kernel),
+    (Part::Ramdisk, SnapshotFile::Ramdisk),
+];
+
 /// What of a file comes next.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Piece<'a> {
@@ -69,6 +76,16 @@ pub struct SnapshotEncoder {
     manifest: Option<Manifest>,
     at: u64,
     bytes: u64,
+    made: Option<MemoryMade>,
+}
+
+/// The memory in a file that was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryMade {
+    /// Its checksum, or that of a layer's pages.
+    pub checksum: Checksum,
+    /// How many bytes of it are there.
+    pub data_bytes: u64,
 }
 
 impl SnapshotEncoder {
@@ -89,22 +106,28 @@ impl SnapshotEncoder {
     }
 
     fn new(source: &SnapshotSource, base: Option<&open::SnapshotFile>) -> Result<Self, WriteError> {
-        let state = source.state()?;
-        let manifest = manifest(source, &state)?;
+        let manifest = manifest(source, &source.state()?)?;
         let memory_bytes = memory_bytes(source, &manifest)?;
         let against = base.map(|base| against(base, memory_bytes)).transpose()?;
-        let mut waiting = VecDeque::from([(Part::State, Body::Bytes(state))]);
-        for (part, file) in [(Part::Kernel, SnapshotFile::Kernel), (Part::Ramdisk, SnapshotFile::Ramdisk)] {
-            if part == Part::Ramdisk && !source.files.contains_key(&file) {
-                continue;
+        let mut waiting = VecDeque::new();
+        for (part, file) in FILES {
+            if file.is_required() || source.files.contains_key(&file) {
+                let (from, bytes) = (source.file(file)?.clone(), source.length(file)?);
+                waiting.push_back((part, Body::File { file: from, bytes, of: file }));
             }
-            let body = Body::File { file: source.file(file)?.clone(), bytes: source.length(file)?, of: file };
-            waiting.push_back((part, body));
         }
         let bytes = waiting.iter().map(|(_, body)| body.bytes()).sum::<u64>().saturating_add(memory_bytes);
         let memory = MemoryEncoder::new(source, memory_bytes, against)?;
         let manifest = Manifest { base: base.map(layer_base), ..manifest };
-        Ok(Self { memory: Some(memory), waiting, part: None, manifest: Some(manifest), at: 0, bytes })
+        Ok(Self {
+            memory: Some(memory),
+            waiting,
+            part: None,
+            manifest: Some(manifest),
+            at: 0,
+            bytes,
+            made: None,
+        })
     }
 
     /// How much of the file has been made, in bytes, holes included.
@@ -115,6 +138,11 @@ impl SnapshotEncoder {
     /// About how long the file will be: without what is known only once it is made.
     pub fn bytes(&self) -> u64 {
         self.bytes.max(self.at)
+    }
+
+    /// The memory, once all of it has been made.
+    pub fn memory(&self) -> Option<MemoryMade> {
+        self.made
     }
 
     /// What comes next; `None` at the end. Blocks for as long as it takes to read it.
@@ -159,6 +187,7 @@ impl SnapshotEncoder {
         let (Some(memory), Some(manifest)) = (self.memory.take(), &mut self.manifest) else { return Ok(()) };
         let made = memory.finish()?;
         manifest.data_bytes = made.data_bytes;
+        self.made = Some(MemoryMade { checksum: made.checksum, data_bytes: made.data_bytes });
         let part = if manifest.base.is_some() { Part::Layer } else { Part::Memory };
         manifest.parts.push(entry(part, 0, self.at, made.checksum));
         if let Some(ranges) = made.layer {

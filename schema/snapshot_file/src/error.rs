@@ -107,6 +107,9 @@ pub enum WriteError {
     /// The file could not be written.
     #[error("it cannot be written")]
     Output(#[source] io::Error),
+    /// Whoever was told of the progress wanted no more.
+    #[error("it was ended")]
+    Ended,
 }
 
 impl WriteError {

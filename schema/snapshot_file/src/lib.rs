@@ -27,7 +27,7 @@ mod pages;
 mod save;
 
 pub use checksum::Checksum;
-pub use encode::{Piece, SnapshotEncoder, SnapshotSource};
+pub use encode::{MemoryMade, Piece, SnapshotEncoder, SnapshotSource};
 pub use error::{OpenError, WriteError};
 pub use footer::is_snapshot_file;
 pub use guest_saved_state::machine::snapshot::{SnapshotState, UnitState};

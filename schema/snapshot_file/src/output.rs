@@ -4,6 +4,7 @@ use crate::encode::{Piece, SnapshotEncoder};
 use crate::error::WriteError;
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 
 /// The most zeros that are written at once.
@@ -68,14 +69,14 @@ impl<W: Write> Output for StreamOutput<W> {
     }
 }
 
-/// Writes all of a snapshot's file. `progress` is told how many bytes of how many are done, holes included. Blocks.
+/// Writes all of a snapshot's file. `progress` is told how many bytes of how many are done, holes included, and may end it. Blocks.
 ///
 /// # Errors
-/// If the snapshot cannot be read, or the file not be written.
+/// If the snapshot cannot be read, the file not be written, or it was ended.
 pub fn write(
     encoder: &mut SnapshotEncoder,
     output: &mut impl Output,
-    mut progress: impl FnMut(u64, u64),
+    mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<(), WriteError> {
     while let Some(piece) = encoder.next_piece()? {
         match piece {
@@ -83,7 +84,9 @@ pub fn write(
             Piece::Zeros(count) => output.zeros(count),
         }
         .map_err(WriteError::Output)?;
-        progress(encoder.at(), encoder.bytes());
+        if progress(encoder.at(), encoder.bytes()).is_break() {
+            return Err(WriteError::Ended);
+        }
     }
     Ok(())
 }

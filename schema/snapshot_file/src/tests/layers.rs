@@ -5,7 +5,7 @@ use proptest::prelude::*;
 fn layer(source: &SnapshotSource, base: &SnapshotFile) -> Result<SnapshotFile, WriteError> {
     let mut encoder = SnapshotEncoder::layer(source, base)?;
     let file = tempfile::tempfile().expect("a file");
-    write(&mut encoder, &mut SparseOutput::new(&file), |_, _| {})?;
+    write(&mut encoder, &mut SparseOutput::new(&file), |_, _| CONTINUE)?;
     Ok(SnapshotFile::open(file).expect("opened"))
 }
 

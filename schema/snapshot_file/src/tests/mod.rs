@@ -10,6 +10,7 @@ use guest_saved_state::machine::memory::MemoryState;
 use guest_schema::{SnapshotFile as SourceFile, SnapshotInfo};
 use prost::{Message, Name};
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -24,6 +25,8 @@ enum Page {
 }
 
 use crate::encode::PAGE_LENGTH as PAGE_BYTES;
+
+const CONTINUE: ControlFlow<()> = ControlFlow::Continue(());
 
 /// A sparse file of pages.
 fn file_of(pages: &[Page]) -> Arc<File> {
@@ -103,7 +106,7 @@ fn source(base: &[Page], layer: Option<&[Page]>) -> SnapshotSource {
 
 fn written(mut encoder: SnapshotEncoder) -> File {
     let file = tempfile::tempfile().expect("a file");
-    write(&mut encoder, &mut SparseOutput::new(&file), |_, _| {}).expect("written");
+    write(&mut encoder, &mut SparseOutput::new(&file), |_, _| CONTINUE).expect("written");
     assert_eq!(file.metadata().expect("its size").len(), encoder.at());
     file
 }

@@ -79,7 +79,11 @@ fn a_stream_has_the_bytes_of_the_file() {
     let mut stream = StreamOutput(Vec::new());
     let mut encoder = SnapshotEncoder::whole(&source).expect("fit");
     let mut told = Vec::new();
-    write(&mut encoder, &mut stream, |done, of| told.push((done, of))).expect("written");
+    write(&mut encoder, &mut stream, |done, of| {
+        told.push((done, of));
+        CONTINUE
+    })
+    .expect("written");
     assert_eq!(stream.0, bytes_of(whole(&source).file()));
     assert!(told.is_sorted() && told.iter().all(|(done, of)| done <= of), "{told:?}");
     assert_eq!(told.last(), Some(&(stream.0.len() as u64, stream.0.len() as u64)));
@@ -124,4 +128,12 @@ fn a_snapshot_without_a_ramdisk_has_none() {
     let mut source = source(&[Page::Filled(1), Page::Hole], None);
     source.files.remove(&SourceFile::Ramdisk);
     assert_eq!(whole(&source).part(Part::Ramdisk), None);
+}
+
+#[test]
+fn whoever_is_told_of_the_progress_may_end_it() {
+    let mut encoder = SnapshotEncoder::whole(&source(&[Page::Filled(1), Page::Hole], None)).expect("fit");
+    let file = tempfile::tempfile().expect("a file");
+    let ended = write(&mut encoder, &mut SparseOutput::new(&file), |_, _| ControlFlow::Break(()));
+    assert!(matches!(ended, Err(WriteError::Ended)), "{ended:?}");
 }
