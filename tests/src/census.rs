@@ -32,6 +32,25 @@ pub fn holds(pid: u32, path: &str) -> io::Result<bool> {
     Ok(files.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(path))))
 }
 
+/// The number of memfds that process `pid` holds open: files without a name on any disk.
+///
+/// # Errors
+/// As [`threads`].
+pub fn memfds(pid: u32) -> io::Result<usize> {
+    let files = fs::read_dir(file(pid, "fd"))?.filter_map(Result::ok);
+    let memfd = |target: PathBuf| target.to_str().is_some_and(|target| target.starts_with("/memfd:"));
+    Ok(files.filter(|entry| fs::read_link(entry.path()).is_ok_and(memfd)).count())
+}
+
+/// How often process `pid` has mapped the memfd of this name.
+///
+/// # Errors
+/// As [`threads`].
+pub fn mappings(pid: u32, memfd: &str) -> io::Result<usize> {
+    let maps = fs::read_to_string(file(pid, "maps"))?;
+    Ok(maps.lines().filter(|line| line.contains(&format!("/memfd:{memfd} "))).count())
+}
+
 /// The threads of process `pid` by their names, each with the host's CPUs on which it may run, as the kernel writes them: `0-3,6`.
 /// One that ends meanwhile is left out; of several with one name there is one.
 ///
