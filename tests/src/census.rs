@@ -77,6 +77,17 @@ pub fn resident_bytes(pid: u32) -> io::Result<u64> {
     kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("process {pid} has ended")))
 }
 
+/// The bytes of memory of process `pid`, of each page its share (Pss).
+///
+/// # Errors
+/// As [`threads`].
+pub fn proportional_bytes(pid: u32) -> io::Result<u64> {
+    let rollup = fs::read_to_string(file(pid, "smaps_rollup"))?;
+    let kib = rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+    let kib: Option<u64> = kib.and_then(|kib| kib.trim().parse().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("process {pid} has no memory")))
+}
+
 /// Whether process `pid` runs: one that has ended and is only waiting to be reaped does not.
 pub fn runs(pid: u32) -> bool {
     stat(pid).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))

@@ -1,12 +1,13 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
 //! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
-//! go on from others in `snapshots`; what the board's small devices tell, in `board`.
+//! go on from others in `snapshots`, a hundred of them in `forks`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
 mod disks;
+mod forks;
 mod networks;
 mod operator;
 mod snapshots;
@@ -174,6 +175,9 @@ fn main() -> ExitCode {
             }
         }
     }
+    trials.push(trial("a_hundred_forks_live_at_once", &[Requirement::Kvm], || {
+        play_on(Stage::set(Kind::BuiltIn, Channel::Direct, "")?, forks::a_hundred_live_at_once)
+    }));
     run(trials, || {})
 }
 
