@@ -168,7 +168,7 @@ enum Done {
     Resumed(Vm, Result<(), Failure>),
     UnitStarted(Vm, Result<(), Failure>),
     Reset { vm: Vm, running: bool, result: Result<(), Failure> },
-    Snapshot { vm: Vm, before: Phase, reply: Reply<TakenSnapshot>, result: Result<TakenSnapshot, Failure> },
+    Snapshot { vm: Vm, reply: Reply<TakenSnapshot>, result: Result<TakenSnapshot, Failure> },
     Destroyed(Result<(), Failure>),
 }
 
@@ -396,10 +396,9 @@ impl Driver {
                 self.reset();
             }
             Command::Snapshot(reply) => {
-                let before = self.phase;
                 self.change(|vm| async move {
                     let result = vm.snapshot().await;
-                    Done::Snapshot { vm, before, reply, result }
+                    Done::Snapshot { vm, reply, result }
                 });
             }
             Command::AddUnit(unit, reply) => self.add_unit(*unit, reply),
@@ -545,8 +544,12 @@ impl Driver {
                 self.changed(vm, phase, result);
             }
             Done::Reset { vm, running, result } => self.reset_done(vm, running, result),
-            Done::Snapshot { vm, before, reply, result } => {
-                let phase = if vm.is_faulted() { Phase::Faulted } else { before };
+            Done::Snapshot { vm, reply, result } => {
+                let phase = match (vm.is_faulted(), vm.is_running()) {
+                    (true, _) => Phase::Faulted,
+                    (false, true) => Phase::Running,
+                    (false, false) => Phase::Paused,
+                };
                 self.changed(vm, phase, Ok(()));
                 answer(reply, result);
             }

@@ -2,7 +2,7 @@
 
 use devices::ByteSink;
 use kvm::KvmHypervisor;
-use machine::{Halt, InjectedFault, Machine, MachineConfig, MachineError};
+use machine::{Halt, InjectedFault, InjectedStep, Machine, MachineConfig, MachineError};
 use processor::scripted::{ScriptedHypervisor, ScriptedOptions};
 use processor::{Hypervisor, PartitionError, VpIndex};
 use std::str::FromStr;
@@ -12,7 +12,9 @@ use tokio::sync::{OnceCell, mpsc};
 /// What guests run on, as `--hypervisor` names it.
 ///
 /// `kvm`; or `scripted`, a processor that interprets scripts, whose faults are injected by `fail-bind=VP`, `fail-start=VP`,
-/// `panic=VP` and `fail-unit=start|stop|reset|stop-hangs` behind commas.
+/// `panic=VP`, and a unit that fails at a step (`fail-unit=STEP`), never answers there (`hold-unit=STEP`) or takes 2 s for it
+/// (`slow-unit=STEP`), behind commas. Steps are those of [`InjectedStep`]: `start`, `resume`, `go-on`, `stop`, `reset`, `can-save`,
+/// `save`, `restore`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Platform {
     /// The host's KVM.
@@ -24,7 +26,8 @@ pub enum Platform {
 /// A name that is none of a hypervisor's.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "hypervisor {0:?}: `kvm` and `scripted[,fail-bind=VP][,fail-start=VP][,panic=VP][,fail-unit=OPERATION]` are known"
+    "hypervisor {0:?}: `kvm` and `scripted[,fail-bind=VP][,fail-start=VP][,panic=VP][,fail-unit=STEP|,hold-unit=STEP|,slow-unit=STEP]` \
+     are known"
 )]
 pub struct UnknownPlatform(String);
 
@@ -52,19 +55,14 @@ impl FromStr for Platform {
 fn read_fault(part: &str, options: &mut ScriptedOptions, inject: &mut Option<InjectedFault>) -> Option<()> {
     let (name, value) = part.split_once('=')?;
     let vp = || value.parse().ok().map(VpIndex);
+    let step = || InjectedStep::NAMED.into_iter().find_map(|(name, step)| (name == value).then_some(step));
     match name {
         "fail-bind" => options.fail_bind = Some(vp()?),
         "fail-start" => options.fail_set_registers = Some(vp()?),
         "panic" => options.panic_at_first_instruction = Some(vp()?),
-        "fail-unit" => {
-            *inject = Some(match value {
-                "start" => InjectedFault::Start,
-                "stop" => InjectedFault::Stop,
-                "reset" => InjectedFault::Reset,
-                "stop-hangs" => InjectedFault::StopHangs,
-                _ => return None,
-            });
-        }
+        "fail-unit" => *inject = Some(InjectedFault::Fails(step()?)),
+        "hold-unit" => *inject = Some(InjectedFault::Holds(step()?)),
+        "slow-unit" => *inject = Some(InjectedFault::IsSlow(step()?)),
         _ => return None,
     }
     Some(())
@@ -142,9 +140,9 @@ mod tests {
             panic!("scripted")
         };
         assert_eq!(options.fail_set_registers, Some(VpIndex(1)));
-        assert_eq!(inject, Some(InjectedFault::Stop));
+        assert_eq!(inject, Some(InjectedFault::Fails(InjectedStep::Stop)));
         for unknown in
-            ["", "xen", "kvm,panic=0", "scripted,panic", "scripted,panic=x", "scripted,fail-unit=all"]
+            ["", "xen", "kvm,panic=0", "scripted,panic", "scripted,panic=x", "scripted,hold-unit=all"]
         {
             let error = unknown.parse::<Platform>().expect_err(unknown);
             assert!(error.to_string().contains(&format!("{unknown:?}")), "{error}");

@@ -140,7 +140,7 @@ impl Vm {
         told(&self.guest, "resume", async { self.machine.start().await.map_err(failed) }).await
     }
 
-    /// Takes a snapshot. The guest goes on if it runs, also if there is none.
+    /// Takes a snapshot. The guest goes on if it runs, also if there is none. One that cannot go on is left paused.
     pub async fn snapshot(&self) -> Result<TakenSnapshot, Failure> {
         let failed = |error: SnapshotError| snapshot_failure(&error, self.is_faulted());
         told(&self.guest, "snapshot", async {
@@ -186,6 +186,10 @@ impl Vm {
 
     pub fn guest_was_reset(&self) {
         self.guest.was_reset();
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.machine.is_running()
     }
 
     pub fn is_faulted(&self) -> bool {

@@ -10,6 +10,7 @@ mod boot;
 pub mod bus;
 pub mod debug;
 mod dump;
+mod injected;
 pub mod layout;
 pub mod loader;
 mod machine;
@@ -22,8 +23,8 @@ mod vp_set;
 
 pub use boot::{BootError, BootFiles};
 pub use dump::{CoreDump, DumpError};
+pub use injected::{InjectedFault, InjectedStep};
 pub use machine::{Machine, MachineConfig, MachineError, MachineSnapshot, MachineView, SnapshotError, VPS};
 pub use memory::host_memory_bytes;
-pub use units::InjectedFault;
 pub use virtio::PlaceError;
 pub use vp_set::{Halt, VpActivity, VpSet};

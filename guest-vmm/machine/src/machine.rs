@@ -8,10 +8,11 @@ use crate::board::{Board, Listeners, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
 use crate::debug::{DebugError, DebugHalt, Debugger, Target};
+use crate::injected::{InjectedFault, InjectedPart, run_injected_unit};
 use crate::layout;
 use crate::loader::LoadedGuest;
 use crate::memory::{GuestMemory, MemoryError, MemoryImage, MemoryOptions, RestoreMemoryError};
-use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
+use crate::units::{DevicePart, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::virtio::{IoThread, VirtioSpec};
@@ -23,8 +24,8 @@ use processor::{
     TimePolicy, VpIndex,
 };
 use state_unit::{
-    BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
-    TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
+    BuildError as UnitBuildError, RequestReceiver, SetState, StateTransitionError, StateUnits,
+    StateUnitsInspector, TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
 };
 use std::collections::HashMap;
 use std::ops::Range;
@@ -260,7 +261,7 @@ impl Machine {
         assembly.add("partition", PartitionPart { partition: shared.clone(), vps: vp_count }, &["memory"])?;
         assembly.add_devices(&devices, &["partition"])?;
         if let Some(fault) = inject {
-            assembly.add("injected", fault, &["partition"])?;
+            assembly.add_injected(fault, &["partition"])?;
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
         let Assembly { units, handles, tasks, places: _ } = assembly;
@@ -330,6 +331,11 @@ impl Machine {
     /// If a unit does not answer, or if the machine is faulted; nothing has changed then.
     pub async fn can_save(&self) -> Result<Vec<UnitSaveSupport>, StateTransitionError> {
         self.units.can_save().await
+    }
+
+    /// Whether its units run.
+    pub fn is_running(&self) -> bool {
+        self.units.is_running()
     }
 
     /// Whether a transition failed that could not be undone.
@@ -425,11 +431,25 @@ struct Assembly {
 
 impl Assembly {
     fn add(&mut self, name: &str, part: impl Part, uses: &[&str]) -> Result<(), MachineError> {
+        self.add_served(name, uses, |requests| async move { drop(run_unit(PartUnit(part), requests).await) })
+    }
+
+    fn add_injected(&mut self, fault: InjectedFault, uses: &[&str]) -> Result<(), MachineError> {
+        self.add_served("injected", uses, |requests| run_injected_unit(InjectedPart::new(fault), requests))
+    }
+
+    /// A unit, and what serves it.
+    fn add_served<F: Future<Output = ()> + Send + 'static>(
+        &mut self,
+        name: &str,
+        uses: &[&str],
+        serve: impl FnOnce(RequestReceiver) -> F,
+    ) -> Result<(), MachineError> {
         let dependencies = uses.iter().map(|name| self.places[*name]);
         let builder =
             dependencies.fold(self.units.add(name), |builder, at| builder.depends_on(&self.handles[at]));
         let (handle, requests) = builder.build().map_err(MachineError::Unit)?;
-        self.tasks.push(tokio::spawn(async move { drop(run_unit(PartUnit(part), requests).await) }));
+        self.tasks.push(tokio::spawn(serve(requests)));
         self.places.insert(name.to_owned(), self.handles.len());
         self.handles.push(handle);
         Ok(())
@@ -461,6 +481,7 @@ mod tests {
     //! The devices' units, saved and restored around a scripted guest: alone, so that another guest finds them.
 
     use super::*;
+    use crate::injected::InjectedStep;
     use processor::scripted::{Script, ScriptedBinder, ScriptedHypervisor};
     use rustix::fs::{MemfdFlags, memfd_create};
     use save_restore::SavedStateBlob;
@@ -624,13 +645,13 @@ mod tests {
     async fn what_cannot_be_saved_says_why_and_the_guest_runs_on() {
         let sink: Arc<dyn ByteSink> = Arc::new(|_: &[u8]| ());
         let (halts, _) = mpsc::unbounded_channel();
-        let config = MachineConfig { inject: Some(InjectedFault::Stop), ..config(&using_devices()) };
+        let inject = Some(InjectedFault::Fails(InjectedStep::CanSave));
+        let config = MachineConfig { inject, ..config(&using_devices()) };
         let machine =
             Machine::build(ScriptedHypervisor::default(), config, sink, halts, || false).await.unwrap();
         machine.start().await.unwrap();
         let refused = machine.snapshot().await.unwrap_err();
-        assert_eq!(refused.to_string(), "injected: an injected fault has no saved state");
-        // It would not have stopped, and was not asked to.
+        assert_eq!(refused.to_string(), "injected: an injected fault");
         assert!(machine.units.is_running());
         machine.destroy().await;
     }

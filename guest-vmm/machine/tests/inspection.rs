@@ -4,7 +4,7 @@
 use devices::ByteSink;
 use inspect::{Inspect, Inspection, Node, Update, UpdateError, Value, View};
 use machine::memory::MemoryOptions;
-use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig, MachineView};
+use machine::{BootFiles, Halt, InjectedFault, InjectedStep, Machine, MachineConfig, MachineView};
 use processor::scripted::{Script, ScriptedHypervisor, ScriptedOptions};
 use processor::{
     DebugCapabilities, ErasedPartitionState, HostCpus, Hypervisor, MsiRequest, NewPartition, Partition,
@@ -369,10 +369,10 @@ async fn an_update_reaches_units_devices_and_the_threads_of_vps() {
 #[tokio::test]
 async fn a_unit_that_hangs_in_a_transition_shows_as_such_and_the_others_answer() {
     let (script, _) = spinning();
-    let fault = Some(InjectedFault::StopHangs);
+    let fault = Some(InjectedFault::Holds(InjectedStep::Stop));
     let mut bench = Bench::with(&script, fault, ScriptedOptions::default(), |_| ()).await;
     bench.start().await;
-    assert_eq!(bench.look("units/injected/unit/fails_at").await, text("StopHangs"));
+    assert_eq!(bench.look("units/injected/unit/fault").await, text("Holds(Stop)"));
     let view = bench.machine.view().clone();
     let mut pause = Box::pin(bench.machine.pause());
     let state = |name| view.graph().into_iter().find(|unit| &*unit.name == name).unwrap().state;

@@ -4,6 +4,7 @@ mod in_process;
 mod kills;
 mod leaks;
 mod service;
+mod snapshots;
 mod warm;
 
 use std::process::ExitCode;
@@ -20,6 +21,13 @@ fn main() -> ExitCode {
             }
         };
     }
-    let trials = [kills::trials(), service::trials(), leaks::trials(), in_process::trials(), warm::trials()];
+    let trials = [
+        kills::trials(),
+        service::trials(),
+        leaks::trials(),
+        in_process::trials(),
+        warm::trials(),
+        snapshots::trials(),
+    ];
     run(trials.into_iter().flatten().collect(), || {})
 }

@@ -1,12 +1,13 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
 //! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
-//! go on from others in `snapshots`; what the board's small devices tell, in `board`.
+//! go on from others in `snapshots`, a hundred of them in `forks`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
 mod disks;
+mod forks;
 mod networks;
 mod operator;
 mod snapshots;
@@ -74,7 +75,7 @@ stories! {
     a_vp_that_cannot_be_bound_fails_the_create with ",fail-bind=0";
     a_vp_whose_thread_panics_is_a_runtime_failure with ",panic=0";
     a_unit_that_cannot_stop_is_named with ",fail-unit=stop";
-    a_unit_that_never_stops_is_late with ",fail-unit=stop-hangs";
+    a_unit_that_never_stops_is_late with ",hold-unit=stop";
     a_failed_reset_leaves_only_stop with ",fail-unit=reset";
     stop_without_create_is_nothing_to_do;
     stop_without_run_takes_the_guest_away;
@@ -112,7 +113,7 @@ stories! {
     an_operator_sends_a_non_maskable_interrupt;
     an_operator_inspects_and_updates_what_is_writable;
     an_inspected_node_that_cannot_be_updated_says_why;
-    an_operators_deadline_holds_for_a_unit_that_never_stops with ",fail-unit=stop-hangs";
+    an_operators_deadline_holds_for_a_unit_that_never_stops with ",hold-unit=stop";
     a_guest_shuts_down_by_its_power_button on scripts;
     a_paused_guest_hears_of_its_power_button_when_it_goes_on on scripts;
     a_guest_that_ignores_its_power_button_runs_on;
@@ -174,6 +175,9 @@ fn main() -> ExitCode {
             }
         }
     }
+    trials.push(trial("a_hundred_forks_live_at_once", &[Requirement::Kvm], || {
+        play_on(Stage::set(Kind::BuiltIn, Channel::Direct, "")?, forks::a_hundred_live_at_once)
+    }));
     run(trials, || {})
 }
 
