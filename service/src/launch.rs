@@ -2,6 +2,7 @@
 
 use crate::Service;
 use crate::exit::Ending;
+use crate::export::Exports;
 use crate::process::Process;
 use crate::snapshots::{Duplicates, Kept};
 use crate::watcher::Watcher;
@@ -100,6 +101,7 @@ pub(crate) fn launch(service: &Rc<Service>, order: Order) -> Result<Rc<Guest>, F
         guest: guest.id.clone(),
         uid,
         ending: guest.ending.clone(),
+        exports: Exports::default(),
     };
     let attached = attach(&guest.process, lease, watcher, parts);
     let watched = guest.clone();

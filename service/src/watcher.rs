@@ -2,6 +2,7 @@
 
 use crate::Service;
 use crate::exit::Ending;
+use crate::export::Exports;
 use crate::launcher::Snapshot;
 use crate::snapshots::Kept;
 use guest_schema::vmm_capnp::{snapshot_parts, vmm_watcher};
@@ -17,6 +18,8 @@ pub(crate) struct Watcher {
     pub guest: String,
     pub uid: u32,
     pub ending: Ending,
+    /// Those that go through the VMM.
+    pub exports: Exports,
 }
 
 impl Watcher {
@@ -60,7 +63,8 @@ impl vmm_watcher::Server for Watcher {
                 tracing::debug!(guest = self.guest, bytes = kept.info.memory_bytes, "a snapshot is kept");
                 results.set_token(&kept.token);
                 // Whoever calls it comes through the VMM, whose descriptors are not theirs.
-                let snapshot = Snapshot::new(self.service.clone(), None, self.uid, kept);
+                let snapshot =
+                    Snapshot::new(self.service.clone(), None, self.uid, kept, self.exports.clone());
                 results.set_snapshot(capnp_rpc::new_client(snapshot));
             }
             Err(failure) => {

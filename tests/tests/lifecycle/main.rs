@@ -1,7 +1,8 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
 //! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
-//! go on from others in `snapshots`, a hundred of them in `forks`; what the board's small devices tell, in `board`.
+//! go on from others in `snapshots`, a hundred of them in `forks`, and files of those in `snapshots_on_disk`; what the board's small
+//! devices tell, in `board`.
 
 mod board;
 mod client_units;
@@ -11,6 +12,7 @@ mod forks;
 mod networks;
 mod operator;
 mod snapshots;
+mod snapshots_on_disk;
 mod sockets;
 
 use std::future::Future;
@@ -37,6 +39,7 @@ use disks::*;
 use networks::*;
 use operator::*;
 use snapshots::*;
+use snapshots_on_disk::*;
 use sockets::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -161,6 +164,17 @@ stories! {
     a_fork_without_its_disks_is_refused on scripts over direct;
     snapshots_leave_nothing_in_the_service;
     guestctl_forks_a_guest;
+    a_snapshot_is_saved_while_its_guest_runs_on on scripts;
+    an_export_has_the_bytes_of_the_file_that_is_saved on scripts;
+    a_layer_is_saved_against_a_file on scripts;
+    an_output_that_fails_ends_its_export on scripts;
+    an_export_that_nobody_takes_holds_up_nobody on scripts;
+    a_snapshot_from_its_guests_channel_alone_hands_over_no_files on scripts over direct;
+    a_save_comes_to_its_end_without_guest_and_service on scripts;
+    a_guestctl_that_is_killed_leaves_the_old_file_or_the_new;
+    a_disk_that_is_full_leaves_what_was_there on scripts;
+    saving_leaves_nothing_in_the_service on scripts;
+    guestctl_saves_a_guest_and_shows_it on scripts;
 }
 
 fn main() -> ExitCode {
