@@ -186,9 +186,12 @@ async fn end(driver: &DriverHandle, driving: tokio::task::JoinHandle<()>) {
 async fn tell(watcher: vmm_watcher::Client, mut milestones: mpsc::UnboundedReceiver<Milestone>) {
     while let Some(milestone) = milestones.recv().await {
         let told = match milestone {
-            Milestone::Created { generation } => {
+            Milestone::Created { generation, shape } => {
                 let mut request = watcher.created_request();
                 request.get().set_generation(generation);
+                if let Some(shape) = shape {
+                    shape.write(request.get().init_shape());
+                }
                 request.send().promise.await.map(drop)
             }
             Milestone::Terminated { generation, exit } => {

@@ -2,12 +2,14 @@
 
 use devices::ByteSink;
 use kvm::KvmHypervisor;
-use machine::{Halt, InjectedFault, InjectedStep, Machine, MachineConfig, MachineError};
+use machine::{
+    Halt, InjectedFault, InjectedStep, Machine, MachineConfig, MachineError, MachineShape, PreparedMachine,
+};
 use processor::scripted::{ScriptedHypervisor, ScriptedOptions};
 use processor::{Hypervisor, PartitionError, VpIndex};
 use std::str::FromStr;
 use std::sync::Arc;
-use tokio::sync::{OnceCell, mpsc};
+use tokio::sync::{Mutex, OnceCell, mpsc};
 
 /// What guests run on, as `--hypervisor` names it.
 ///
@@ -73,11 +75,14 @@ pub(crate) struct Host {
     platform: Platform,
     /// Opening it takes as long as half a launch, and what it tells of the host does not change. A failure is not kept.
     kvm: OnceCell<KvmHypervisor>,
+    /// What was made ahead, for the first guest that it fits. Locked while it is being made: a create waits for that, rather than to
+    /// begin anew beside it.
+    prepared: Mutex<Option<PreparedMachine>>,
 }
 
 impl Host {
     pub fn new(platform: Platform) -> Self {
-        Self { platform, kvm: OnceCell::new() }
+        Self { platform, kvm: OnceCell::new(), prepared: Mutex::default() }
     }
 
     /// Opens the platform before it is needed. What fails will fail again for whom it matters.
@@ -105,7 +110,40 @@ impl Host {
         }
     }
 
-    /// Makes a machine.
+    /// Makes ahead what machines of this shape begin with, in place of what was made before.
+    pub async fn prepare(&self, shape: MachineShape) -> Result<(), MachineError> {
+        let mut prepared = self.prepared.lock().await;
+        if prepared.as_ref().is_some_and(|prepared| *prepared.shape() == shape) {
+            return Ok(());
+        }
+        if let Some(former) = prepared.take() {
+            former.discard().await;
+        }
+        *prepared = Some(match &self.platform {
+            Platform::Kvm => {
+                let kvm = self.kvm().await.map_err(MachineError::Partition)?.clone();
+                PreparedMachine::new(kvm, shape).await?
+            }
+            Platform::Scripted(options, _) => {
+                PreparedMachine::new(ScriptedHypervisor { options: *options }, shape).await?
+            }
+        });
+        Ok(())
+    }
+
+    /// What was made ahead, if it fits; otherwise it is given back, for which nobody waits.
+    async fn take_prepared(&self, shape: &MachineShape) -> Option<PreparedMachine> {
+        let prepared = self.prepared.lock().await.take()?;
+        let fits = prepared.shape() == shape;
+        tracing::debug!(fits, "memory, partition and VPs were made ahead");
+        if fits {
+            return Some(prepared);
+        }
+        tokio::task::spawn_local(prepared.discard());
+        None
+    }
+
+    /// Makes a machine, of what was made ahead if that fits.
     pub async fn build(
         &self,
         config: MachineConfig,
@@ -113,14 +151,20 @@ impl Host {
         halts: mpsc::UnboundedSender<Halt>,
         cancelled: impl Fn() -> bool + Send + 'static,
     ) -> Result<Machine, MachineError> {
+        let config = match &self.platform {
+            Platform::Kvm => config,
+            Platform::Scripted(_, inject) => MachineConfig { inject: *inject, ..config },
+        };
+        if let Some(prepared) = self.take_prepared(&config.shape).await {
+            return Machine::build_on(prepared, config, output, halts).await;
+        }
         match &self.platform {
             Platform::Kvm => {
                 let kvm = self.kvm().await.map_err(MachineError::Partition)?.clone();
                 Machine::build(kvm, config, output, halts, cancelled).await
             }
-            Platform::Scripted(options, inject) => {
+            Platform::Scripted(options, _) => {
                 let scripted = ScriptedHypervisor { options: *options };
-                let config = MachineConfig { inject: *inject, ..config };
                 Machine::build(scripted, config, output, halts, cancelled).await
             }
         }

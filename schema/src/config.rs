@@ -324,7 +324,7 @@ fn write_affinity(affinity: &VpAffinity, mut builder: wire::guest_config::affini
     }
 }
 
-fn read_cpuid_mask(
+pub(crate) fn read_cpuid_mask(
     reader: capnp::struct_list::Reader<'_, wire::cpuid_mask::Owned>,
     faults: &mut Vec<ConfigFault>,
 ) -> Vec<CpuidMask> {
@@ -350,7 +350,7 @@ fn read_cpuid_mask(
     reader.iter().enumerate().map(&mut read).collect()
 }
 
-fn write_cpuid_mask(
+pub(crate) fn write_cpuid_mask(
     masks: &[CpuidMask],
     mut builder: capnp::struct_list::Builder<'_, wire::cpuid_mask::Owned>,
 ) {

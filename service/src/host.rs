@@ -129,6 +129,7 @@ impl guest_host::Server for Host {
         info.set_protocol(PROTOCOL);
         info.set_guests(u32::try_from(self.service.guests.count()).unwrap_or(u32::MAX));
         info.set_warm(u32::try_from(self.service.pool.ready()).unwrap_or(u32::MAX));
+        info.set_prepared(u32::try_from(self.service.pool.prepared()).unwrap_or(u32::MAX));
         info.set_hypervisor(&self.service.config.hypervisor[..]);
         Ok(())
     }

@@ -6,9 +6,12 @@ use crate::export::Exports;
 use crate::launcher::Snapshot;
 use crate::snapshots::Kept;
 use guest_schema::vmm_capnp::{snapshot_parts, vmm_watcher};
-use guest_schema::{Exit, Failure, GuestError};
+use guest_schema::{Exit, Failure, GuestError, GuestShape};
 use guest_transport::{Descriptors, broken};
 use std::rc::Rc;
+
+/// The largest shape that is kept, in words of 8 bytes: more than a config may have.
+const MAX_SHAPE_WORDS: u64 = 8 << 10;
 
 /// Watches one VMM, for the guest that it was launched for.
 pub(crate) struct Watcher {
@@ -37,7 +40,14 @@ impl vmm_watcher::Server for Watcher {
         params: vmm_watcher::CreatedParams,
         _: vmm_watcher::CreatedResults,
     ) -> capnp::Result<()> {
-        self.ending.created(params.get()?.get_generation());
+        let params = params.get()?;
+        self.ending.created(params.get_generation());
+        if params.has_shape() {
+            let shape = params.get_shape()?;
+            if shape.total_size()?.word_count <= MAX_SHAPE_WORDS {
+                self.service.pool.asked_for(GuestShape::read(shape)?);
+            }
+        }
         Ok(())
     }
 

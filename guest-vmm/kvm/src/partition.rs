@@ -161,6 +161,10 @@ impl Partition for KvmPartition {
         self.time.start(&self.vm, &self.host)
     }
 
+    fn forget_stopped_time(&self) {
+        self.time.forget_stopped();
+    }
+
     fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {
         Box::new(KvmPartitionState(self))
     }
