@@ -126,6 +126,9 @@ fn check(files: &Files) -> Result<(), Failure> {
     }
     for (file, descriptor) in files {
         let name = file.name();
+        if *file == SnapshotFile::Memory && is_on_disk(descriptor) {
+            continue;
+        }
         let Ok(seals) = rustix::fs::fcntl_get_seals(&**descriptor) else {
             return bad(format!("files: {name} is no memfd"));
         };
@@ -140,7 +143,7 @@ fn check(files: &Files) -> Result<(), Failure> {
 
 /// Whether it is a file that whoever holds this descriptor cannot write to: the memory of a guest that goes on from a snapshot's file is
 /// that file, which its user keeps.
-fn is_on_disk(descriptor: &OwnedFd) -> bool {
+fn is_on_disk(descriptor: &File) -> bool {
     let is_file = rustix::fs::fstat(descriptor)
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
     let flags = rustix::fs::fcntl_getfl(descriptor).unwrap_or(OFlags::PATH);
