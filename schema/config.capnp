@@ -14,6 +14,9 @@ struct GuestConfig {
     boot @0 :BootSource;
     snapshot @1 :Snapshot.Snapshot;
     # Not supported yet: badConfig.
+    saved @24 :SavedSnapshot;
+    # A snapshot's file: the guest goes on from it with `run`. All else here is grants, as in the `create` of a guest that was launched
+    # from a Snapshot: snapshot.capnp.
   }
   cpus @2 :UInt32 = 1;
   # VPs, 1 to min(the host's limit, 254).
@@ -63,6 +66,21 @@ struct GuestConfig {
 
   consoleConfig @23 :ConsoleConfig;
   # badConfig without `console`. Absent, the console has no further ports.
+}
+
+struct SavedSnapshot {
+  # A snapshot that was written to a file, as Snapshot.export writes it.
+  #
+  # A descriptor is of a regular file or a memfd that was opened for reading alone, or of a sealed memfd: it is used as it is, and
+  # its memory read as the guest touches it. So whoever can write to that file meanwhile can change the guest, and guests that are
+  # launched from its snapshots, or end them by cutting it short: keep it as you keep the disks. What a `File` has is copied by `create`.
+  #
+  # snapshotCorrupt: it is no snapshot's file, or damaged; of a descriptor, the memory's checksum is not looked at.
+  # snapshotIncompatible: another version of the format, other units, more than the host has. The detail names what it is.
+
+  file @0 :Common.FileSource;
+  base @1 :Common.FileSource;
+  # If the file is a layer: the file that it is a layer of. badConfig for a layer without one, with another, and beside what is no layer.
 }
 
 struct ConsoleConfig {

@@ -16,6 +16,7 @@
 //! let launched = host.launch("")?;
 //! let lifecycle = launched.lifecycle;
 //! let config = GuestConfig {
+//!     saved: None,
 //!     kernel: Some(lifecycle.file(kernel)),
 //!     ramdisk: None,
 //!     cmdline: "console=ttyS0".into(),
@@ -78,8 +79,9 @@ pub use guest_schema::{
     DebuggedVps, DeviceError, DevicesConfig, DiskSource, Event, EventKind, Exit, Failure, FileSource,
     GuestConfig, GuestError, GuestState, HaltReason, ImageFormat, LossPolicy, MacAddress, MemDeviceConfig,
     MemoryConfig, MemoryKept, NetBackend, NetConfig, OnReset, Outcome, Panic, PanicReport, Phase, RateLimits,
-    Rendering, SavedStateKind, SegmentRegister, SnapshotInfo, StepOutcome, TableRegister, Transition,
-    TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState, VsockConfig,
+    Rendering, SavedSource, SavedStateKind, SegmentRegister, SnapshotInfo, StepOutcome, TableRegister,
+    Transition, TransitionEnd, UnitConfig, UnitStatus, UnitStep, VpAffinity, VpRegisters, VpState,
+    VsockConfig,
 };
 pub use guest_snapshot_file as snapshot_file;
 pub use host::{Found, GuestInfo, Host, HostInfo, Launched};

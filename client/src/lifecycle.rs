@@ -49,7 +49,7 @@ impl Lifecycle {
     }
 
     /// Makes an open regular file, memfd or block device part of a config for this lifecycle: its descriptor goes with the next message, or,
-    /// on a proxied lifecycle, this process serves reads of it. Each result is good for one `create`; at most 512 may wait.
+    /// on a proxied lifecycle, this process serves reads of it. A snapshot's file is to be opened for reading alone. Each result is good for one `create`; at most 512 may wait.
     pub fn file(&self, file: impl Into<OwnedFd>) -> FileSource {
         match self.files {
             Files::Descriptors => FileSource::Descriptor(self.channel.descriptors.push(file.into())),
@@ -87,7 +87,8 @@ impl Lifecycle {
     /// the former VMM is destroyed first.
     ///
     /// Refused with `badConfig` (all faults in one detail), `kernelLoadFailure`, `guestInitializationFailure`,
-    /// `deviceInitializationFailure`, `deviceMemoryOverlap`, `alreadyRunning`, `controllerForcedHalt` (stop came first), `faulted`.
+    /// `deviceInitializationFailure`, `deviceMemoryOverlap`, `alreadyRunning`, `controllerForcedHalt` (stop came first), `faulted`; a
+    /// guest that goes on from a snapshot also with `snapshotCorrupt` and `snapshotIncompatible`.
     pub fn create(&self, config: &GuestConfig) -> Call<()> {
         let mut request = self.client.create_request();
         config.write(request.get().init_config());

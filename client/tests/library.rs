@@ -31,6 +31,7 @@ fn file_with(bytes: &[u8]) -> std::fs::File {
 
 fn config(kernel: Option<guest_client::FileSource>, cpus: u32) -> GuestConfig {
     GuestConfig {
+        saved: None,
         kernel,
         ramdisk: None,
         cmdline: String::new(),

@@ -1,6 +1,7 @@
 //! A guest's config on its way in: what was asked for, the files already taken from the channel, and the limits it is held to.
 
 use crate::devices::Backends;
+use crate::saved::SavedFiles;
 use crate::snapshot::OpenSnapshot;
 use crate::{client_units, devices};
 use capnp::Error;
@@ -48,6 +49,8 @@ pub(crate) struct RequestedGuest {
     pub kernel: Option<Source>,
     pub ramdisk: Option<Source>,
     pub backends: Backends,
+    /// The snapshot's file that it goes on from, until that is opened. The config is grants so long.
+    pub saved: Option<SavedFiles>,
     /// What it goes on from, in place of being booted.
     pub restored: Option<RestoredState>,
     faults: Vec<ConfigFault>,
@@ -73,15 +76,28 @@ impl RequestedGuest {
         snapshot: OpenSnapshot,
     ) -> Result<Self, Error> {
         let ReadConfig { config: grants, mut faults } = GuestConfig::read(reader)?;
+        if grants.saved.is_some() {
+            let problem = "a guest that was launched from a snapshot goes on from that one";
+            faults.push(ConfigFault::new("source.saved", problem));
+        }
+        Ok(Self::take(grants, faults, descriptors).going_on_from(snapshot))
+    }
+
+    /// The same once it is known what it goes on from; the config was grants so far.
+    pub fn going_on_from(self, snapshot: OpenSnapshot) -> Self {
+        let Self { config: grants, mut backends, mut faults, .. } = self;
         let config = snapshot.config_with(grants, &mut faults);
+        backends.serve(&config.devices);
         let OpenSnapshot { units, image, kernel, ramdisk, .. } = snapshot;
-        let requested = Self::take(config, faults, descriptors);
-        Ok(Self {
+        Self {
+            config,
             kernel: Some(Source::Descriptor(kernel.into())),
             ramdisk: ramdisk.map(|ramdisk| Source::Descriptor(ramdisk.into())),
+            backends,
+            saved: None,
             restored: Some(RestoredState { units, image }),
-            ..requested
-        })
+            faults,
+        }
     }
 
     fn take(config: GuestConfig, mut faults: Vec<ConfigFault>, descriptors: &Descriptors) -> Self {
@@ -98,23 +114,40 @@ impl RequestedGuest {
         };
         let kernel = take(&config.kernel, "source.boot.kernel");
         let ramdisk = take(&config.ramdisk, "source.boot.ramdisk");
+        let saved = &config.saved;
+        let saved = saved.as_ref().and_then(|saved| SavedFiles::take(saved, descriptors, &mut faults));
         let backends = Backends::take(&config.devices, descriptors, &mut faults);
-        Self { config, kernel, ramdisk, backends, restored: None, faults }
+        Self { config, kernel, ramdisk, backends, saved, restored: None, faults }
     }
 
     pub fn on_reset(&self) -> OnReset {
         self.config.on_reset
     }
 
-    /// Holds the config to its limits: one failure lists every fault.
+    /// Holds the config to its limits: one failure lists every fault. What a snapshot has and the host has not is
+    /// `snapshotIncompatible`.
     pub fn check(&self, limits: &HostLimits) -> Result<(), Failure> {
+        let Self { config, restored, .. } = self;
         let mut faults = self.faults.clone();
-        if self.config.kernel.is_none() && self.restored.is_none() {
+        if config.saved.is_some() {
+            // It was not opened, for reasons that are among the faults.
+            return refused(&faults).map_or(Ok(()), Err);
+        }
+        if config.kernel.is_none() && restored.is_none() {
             faults.push(ConfigFault::new("source.boot.kernel", "none was given"));
         }
-        faults.extend(limit_faults(&self.config, limits));
-        refused(&faults).map_or(Ok(()), Err)
+        let own = own_faults(config, limits);
+        if restored.is_none() {
+            faults.extend(own.clone());
+        }
+        faults.extend(devices::faults(config));
+        faults.extend(client_units::faults(&config.units));
+        refused(&faults).or_else(|| incompatible(&own)).map_or(Ok(()), Err)
     }
+}
+
+fn incompatible(faults: &[ConfigFault]) -> Option<Failure> {
+    refused(faults).map(|failure| Failure { code: GuestError::SnapshotIncompatible, ..failure })
 }
 
 /// One failure that lists every fault, if there are any.
@@ -123,8 +156,8 @@ pub(crate) fn refused(faults: &[ConfigFault]) -> Option<Failure> {
     (!faults.is_empty()).then(|| Failure::new(GuestError::BadConfig, details.join("; ")))
 }
 
-/// An open descriptor of a regular file. Opened by the client with the client's rights.
-fn regular_file(descriptors: &Descriptors, number: u64) -> Result<OwnedFd, String> {
+/// An open descriptor of a regular file, taken from the channel. Opened by the client with the client's rights.
+pub(crate) fn regular_file(descriptors: &Descriptors, number: u64) -> Result<OwnedFd, String> {
     let descriptor = descriptors.take(number).map_err(|error| error.to_string())?;
     let stat = rustix::fs::fstat(&descriptor).map_err(|error| format!("descriptor {number}: {error}"))?;
     match FileType::from_raw_mode(stat.st_mode) {
@@ -183,7 +216,8 @@ fn time_policy(catch_up: bool) -> TimePolicy {
     if catch_up { TimePolicy::CatchUp } else { TimePolicy::Hidden }
 }
 
-fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
+/// What of the guest itself cannot be.
+fn own_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
     let &HostLimits { max_vps, memory_bytes: host_bytes, cpus: _ } = limits;
     let mut faults = Vec::new();
     let mut fault = |field: &str, problem: String| faults.push(ConfigFault::new(field, problem));
@@ -208,8 +242,7 @@ fn limit_faults(config: &GuestConfig, limits: &HostLimits) -> Vec<ConfigFault> {
         fault("source.boot.cmdline", format!("there is a NUL at byte {position}"));
     }
     faults.extend(affinity_faults(config, limits));
-    faults.extend(devices::faults(config, host_bytes));
-    faults.extend(client_units::faults(&config.units));
+    faults.extend(devices::own_faults(config, host_bytes));
     faults
 }
 
@@ -254,9 +287,9 @@ pub(crate) mod tests {
 
     #[test]
     fn the_limits_themselves_are_allowed() {
-        assert_eq!(limit_faults(&config(), &limits(1, 1 << 20)), []);
+        assert_eq!(own_faults(&config(), &limits(1, 1 << 20)), []);
         let most = GuestConfig { cpus: 8, cmdline: "x".repeat(65535), ..config() };
-        assert_eq!(limit_faults(&most, &limits(8, 1 << 30)), []);
+        assert_eq!(own_faults(&most, &limits(8, 1 << 30)), []);
     }
 
     #[test]
@@ -269,7 +302,7 @@ pub(crate) mod tests {
             ..config()
         };
         let faults: Vec<String> =
-            limit_faults(&bad, &limits(8, 1 << 30)).iter().map(ToString::to_string).collect();
+            own_faults(&bad, &limits(8, 1 << 30)).iter().map(ToString::to_string).collect();
         assert_eq!(
             faults,
             [
@@ -281,7 +314,7 @@ pub(crate) mod tests {
         );
         let large = GuestConfig { cpus: 9, memory: MemoryConfig::of_bytes(1 << 40), ..config() };
         let faults: Vec<String> =
-            limit_faults(&large, &limits(8, 1 << 30)).iter().map(ToString::to_string).collect();
+            own_faults(&large, &limits(8, 1 << 30)).iter().map(ToString::to_string).collect();
         assert_eq!(
             faults,
             ["cpus: 9 is not from 1 to 8", "memory.bytes: 1099511627776 is more than the host's 1073741824"]
@@ -292,7 +325,7 @@ pub(crate) mod tests {
     fn vps_are_given_only_cpus_that_the_vmm_has() {
         let faults = |cpus, affinity| {
             let config = GuestConfig { cpus, affinity, ..config() };
-            let faults = limit_faults(&config, &limits(8, 1 << 30));
+            let faults = own_faults(&config, &limits(8, 1 << 30));
             faults.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         let none: [&str; 0] = [];
@@ -339,8 +372,8 @@ pub(crate) mod tests {
     #[test]
     fn masks_are_bounded() {
         let masks = |count| GuestConfig { cpuid_mask: vec![Default::default(); count], ..config() };
-        assert_eq!(limit_faults(&masks(1024), &limits(8, 1 << 30)), []);
-        let faults = limit_faults(&masks(1025), &limits(8, 1 << 30));
+        assert_eq!(own_faults(&masks(1024), &limits(8, 1 << 30)), []);
+        let faults = own_faults(&masks(1025), &limits(8, 1 << 30));
         assert_eq!(faults[0].to_string(), "cpuidMask: 1025 entries are more than 1024");
     }
 }

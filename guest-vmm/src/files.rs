@@ -7,8 +7,9 @@ use guest_schema::common_capnp::file;
 use guest_schema::{Failure, GuestError, MAX_FILE_READ};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 /// What must hold of a file that is used without being copied.
@@ -23,7 +24,11 @@ pub(crate) async fn obtain(source: Source, what: &'static str, limit: u64) -> Re
         Source::Descriptor(descriptor) => {
             seal_elsewhere(descriptor.into(), what, limit).await?.map_err(|error| failure(what, &error))
         }
-        Source::File(file) => receive(&file, limit).await.map_err(|problem| failure(what, &problem)),
+        Source::File(file) => {
+            let copy = receive(&file, limit).await.map_err(|problem| failure(what, &problem))?;
+            rustix::fs::fcntl_add_seals(&copy, SEALED).map_err(|error| failure(what, &error))?;
+            Ok(copy)
+        }
     }
 }
 
@@ -64,7 +69,8 @@ fn seal(file: File, limit: u64) -> io::Result<File> {
     Ok(copy)
 }
 
-fn memfd() -> io::Result<File> {
+/// An empty file in memory, which can be sealed.
+pub(crate) fn memfd() -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     Ok(File::from(rustix::fs::memfd_create("guest-file", flags)?))
 }
@@ -83,13 +89,15 @@ impl Read for At {
     }
 }
 
-async fn receive(file: &file::Client, limit: u64) -> Result<File, String> {
+/// Copies a client's file of at most `limit` bytes into one in memory, which is not sealed yet. Pages of zeros are left out.
+pub(crate) async fn receive(file: &file::Client, limit: u64) -> Result<File, String> {
     let size = within(file.size_request().send().promise).await?;
     let bytes = size.get().map_err(|error| error.to_string())?.get_bytes();
     if bytes > limit {
         return Err(too_large(bytes, limit));
     }
-    let mut copy = memfd().map_err(|error| error.to_string())?;
+    let copy = memfd().map_err(|error| error.to_string())?;
+    copy.set_len(bytes).map_err(|error| error.to_string())?;
     let mut offset = 0;
     while offset < bytes {
         let count = u32::try_from(bytes - offset).map_or(MAX_FILE_READ, |rest| rest.min(MAX_FILE_READ));
@@ -105,11 +113,27 @@ async fn receive(file: &file::Client, limit: u64) -> Result<File, String> {
             return Err(format!("{} bytes came at offset {offset} of {bytes}, not {count}", chunk.len()));
         }
         // A write to a memfd copies memory, a mebibyte at a time.
-        copy.write_all(chunk).map_err(|error| error.to_string())?;
+        write_pages(&copy, chunk, offset).map_err(|error| error.to_string())?;
         offset += chunk.len() as u64;
     }
-    rustix::fs::fcntl_add_seals(&copy, SEALED).map_err(|error| error.to_string())?;
     Ok(copy)
+}
+
+/// Writes what is not zeros, in pages. The file has its length already.
+fn write_pages(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    const PAGE: usize = 4096;
+    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let pages: Vec<_> = bytes.chunks(PAGE).collect();
+    let mut at = offset;
+    for run in pages.chunk_by(|one, next| is_zero(one) == is_zero(next)) {
+        let length = run.iter().map(|page| page.len()).sum::<usize>();
+        if !is_zero(run[0]) {
+            let from = usize::try_from(at - offset).expect("within the bytes");
+            file.write_all_at(&bytes[from..from + length], at)?;
+        }
+        at += length as u64;
+    }
+    Ok(())
 }
 
 async fn within<T>(answer: impl Future<Output = Result<T, capnp::Error>>) -> Result<T, String> {
@@ -122,7 +146,7 @@ async fn within<T>(answer: impl Future<Output = Result<T, capnp::Error>>) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Seek, SeekFrom};
+    use std::io::{Seek, SeekFrom, Write};
 
     #[test]
     fn a_file_is_copied_whole_whatever_its_offset_and_a_sealed_one_is_used() {

@@ -5,6 +5,7 @@
 //! clients' units are granted anew to whoever goes on.
 
 use crate::files::SEALED;
+use crate::saved::is_writable;
 use guest_saved_state::machine::snapshot::{SnapshotState, UnitState};
 use guest_schema::{
     ConfigFault, DiskSource, Failure, GuestConfig, GuestError, ImageFormat, MemoryKept, NetBackend,
@@ -46,6 +47,12 @@ impl Origin {
         })
     }
 
+    /// The state of a snapshot with these units, as its file has it.
+    #[cfg(test)]
+    pub fn state_of(&self, units: Vec<SavedStateUnit>) -> Vec<u8> {
+        encode(&self.config, units).encode_to_vec()
+    }
+
     /// What its machine gave just now.
     pub fn taken(&self, snapshot: MachineSnapshot) -> TakenSnapshot {
         let Self { config, kernel, ramdisk } = self;
@@ -70,7 +77,7 @@ fn now_us() -> u64 {
 
 /// A config of which only what is the guest's own is left. Numbers of descriptors mean nothing elsewhere.
 fn without_grants(mut config: GuestConfig) -> GuestConfig {
-    (config.kernel, config.ramdisk) = (None, None);
+    (config.saved, config.kernel, config.ramdisk) = (None, None, None);
     config.units.clear();
     for disk in &mut config.devices.block {
         disk.source = DiskSource::Image(ImageFormat::Raw, None);
@@ -168,13 +175,14 @@ impl SnapshotFiles {
     /// The same from named files.
     ///
     /// # Errors
-    /// If one is missing, unknown, there twice, or can still be changed; its name is told.
+    /// If one is missing, unknown, there twice, or can still be changed; its name is told. The memory of a guest that goes on from a
+    /// snapshot's file is that file, which cannot be sealed, and comes as a descriptor that nothing is written by.
     pub fn from_named(named: Vec<(String, File)>) -> Result<Self, Failure> {
         let mut files = BTreeMap::new();
         for (name, file) in named {
             let place = SnapshotFile::named(&name);
             let place = place.ok_or_else(|| corrupt(format!("{name:?} is no file of a snapshot")))?;
-            if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SEALED)) {
+            if !is_sealed(&file) && (place != SnapshotFile::Memory || is_writable(&file)) {
                 return Err(corrupt(format!("{name} is not sealed")));
             }
             if files.insert(place, Arc::new(file)).is_some() {
@@ -197,18 +205,12 @@ impl SnapshotFiles {
         let missing = |file: SnapshotFile| corrupt(format!("{} is missing", file.name()));
         let state = self.0.get(&SnapshotFile::State).ok_or_else(|| missing(SnapshotFile::State))?;
         let state = read_state(state).map_err(|error| corrupt(format!("state: {error}")))?;
-        let SnapshotState { format, config, units } = state;
-        if format != FORMAT {
-            let problem = format!("state: its format is {format}, and {FORMAT} is known here");
-            return Err(Failure::new(GuestError::SnapshotIncompatible, problem));
-        }
-        let config = read_config(&config)?;
-        let unit = |UnitState { name, type_name, value }| {
-            let state = Some(SavedStateBlob::from_parts(type_name, value));
-            SavedStateUnit { name, state }
-        };
+        let (config, units) = decoded(state)?;
         let image = |file: SnapshotFile| {
-            let opened = |memory: &Arc<File>| ImageFile::sealed(memory.clone());
+            let opened = |memory: &Arc<File>| match is_sealed(memory) {
+                true => ImageFile::sealed(memory.clone()),
+                false => ImageFile::on_disk(memory.clone()),
+            };
             let opened = self.0.get(&file).map(opened).transpose();
             opened.map_err(|error| corrupt(format!("{} {}", file.name(), chain(&error))))
         };
@@ -220,12 +222,33 @@ impl SnapshotFiles {
         let kernel = copy(SnapshotFile::Kernel)?.ok_or_else(|| missing(SnapshotFile::Kernel))?;
         Ok(OpenSnapshot {
             config,
-            units: units.into_iter().map(unit).collect(),
+            units,
             image: MemoryImage { base, layer: image(SnapshotFile::Layer)? },
             kernel,
             ramdisk: copy(SnapshotFile::Ramdisk)?,
         })
     }
+}
+
+fn is_sealed(file: &File) -> bool {
+    fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SEALED))
+}
+
+/// The config and the units of a state.
+///
+/// # Errors
+/// `snapshotCorrupt`, `snapshotIncompatible` for a format that this version does not know.
+pub(crate) fn decoded(state: SnapshotState) -> Result<(GuestConfig, Vec<SavedStateUnit>), Failure> {
+    let SnapshotState { format, config, units } = state;
+    if format != FORMAT {
+        let problem = format!("state: its format is {format}, and {FORMAT} is known here");
+        return Err(Failure::new(GuestError::SnapshotIncompatible, problem));
+    }
+    let unit = |UnitState { name, type_name, value }| {
+        let state = Some(SavedStateBlob::from_parts(type_name, value));
+        SavedStateUnit { name, state }
+    };
+    Ok((read_config(&config)?, units.into_iter().map(unit).collect()))
 }
 
 fn corrupt(problem: impl Into<String>) -> Failure {
@@ -257,7 +280,7 @@ fn read_config(bytes: &[u8]) -> Result<GuestConfig, Failure> {
 
 /// A snapshot that a guest is to go on from.
 pub(crate) struct OpenSnapshot {
-    config: GuestConfig,
+    pub config: GuestConfig,
     pub units: Vec<SavedStateUnit>,
     pub image: MemoryImage,
     pub kernel: File,

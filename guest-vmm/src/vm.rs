@@ -71,6 +71,13 @@ impl Vm {
     ) -> Result<Self, Failure> {
         let max_vps = host.max_vps().await.map_err(|error| initialization(&error))?;
         let limits = HostLimits { max_vps, memory_bytes: host_memory_bytes(), cpus: own_cpus()? };
+        if let Some(saved) = requested.saved.take() {
+            let opened = tokio::select! {
+                opened = saved.open(limits.memory_bytes) => opened?,
+                () = cancel.cancelled() => return Err(cancelled()),
+            };
+            requested = requested.going_on_from(opened);
+        }
         requested.check(&limits)?;
         let units = std::mem::take(&mut requested.config.units);
         let settings = Settings::new(requested.on_reset(), log_filter);

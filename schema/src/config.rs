@@ -66,6 +66,15 @@ impl fmt::Debug for FileSource {
     }
 }
 
+/// A snapshot's file, which a guest goes on from.
+#[derive(Debug, Clone, Default)]
+pub struct SavedSource {
+    /// The file; `None` if none was given.
+    pub file: Option<FileSource>,
+    /// What it is a layer of, if it is a layer.
+    pub base: Option<FileSource>,
+}
+
 /// The guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryConfig {
@@ -127,6 +136,9 @@ pub struct CpuidMask {
 /// What a guest is made of.
 #[derive(Debug, Clone)]
 pub struct GuestConfig {
+    /// The snapshot's file that it goes on from, in place of being booted: kernel, initrd and command line are not sent then, and of
+    /// all else only what is granted is looked at.
+    pub saved: Option<SavedSource>,
     /// The kernel, if one was given.
     pub kernel: Option<FileSource>,
     /// The initrd.
@@ -167,6 +179,7 @@ impl GuestConfig {
     /// defaults of all else.
     pub fn new(kernel: Option<FileSource>, memory_bytes: u64) -> Self {
         Self {
+            saved: None,
             kernel,
             ramdisk: None,
             cmdline: String::new(),
@@ -182,11 +195,20 @@ impl GuestConfig {
         }
     }
 
+    /// A guest that goes on from a snapshot's file: a config without grants.
+    pub fn restored(file: FileSource, base: Option<FileSource>) -> Self {
+        Self { saved: Some(SavedSource { file: Some(file), base }), ..Self::new(None, 0) }
+    }
+
     /// Reads a config from a message. Exceptions are for messages that break the schema itself.
     pub fn read(reader: wire::guest_config::Reader<'_>) -> capnp::Result<ReadConfig> {
-        let mut faults = Vec::new();
+        let (mut faults, mut saved) = (Vec::new(), None);
         let boot = match reader.get_source().which() {
             Ok(wire::guest_config::source::Boot(boot)) => Some(boot?),
+            Ok(wire::guest_config::source::Saved(source)) => {
+                saved = Some(read_saved(source?, &mut faults)?);
+                None
+            }
             Ok(wire::guest_config::source::Snapshot(_)) => {
                 faults.push(not_supported("source.snapshot"));
                 None
@@ -218,6 +240,7 @@ impl GuestConfig {
         };
         let units = UnitConfig::read_all(reader.get_units()?, &mut faults)?;
         let config = Self {
+            saved,
             kernel,
             ramdisk,
             cmdline,
@@ -236,11 +259,7 @@ impl GuestConfig {
 
     /// Writes the config into a message.
     pub fn write(&self, mut builder: wire::guest_config::Builder<'_>) {
-        let mut boot = builder.reborrow().get_source().init_boot();
-        boot.set_kernel_type(wire::KernelType::Linux);
-        write_file(self.kernel.as_ref(), boot.reborrow().init_kernel());
-        write_file(self.ramdisk.as_ref(), boot.reborrow().init_ramdisk());
-        boot.set_cmdline(&self.cmdline[..]);
+        self.write_source(builder.reborrow().get_source());
         builder.set_cpus(self.cpus);
         write_affinity(&self.affinity, builder.reborrow().init_affinity());
         let length = u32::try_from(self.cpuid_mask.len()).expect("a list of 32 bits' length");
@@ -259,10 +278,32 @@ impl GuestConfig {
         self.devices.write(builder.reborrow());
         UnitConfig::write_all(&self.units, |count| builder.init_units(count));
     }
+
+    fn write_source(&self, source: wire::guest_config::source::Builder<'_>) {
+        if let Some(SavedSource { file, base }) = &self.saved {
+            let mut saved = source.init_saved();
+            write_file(file.as_ref(), saved.reborrow().init_file());
+            write_file(base.as_ref(), saved.init_base());
+            return;
+        }
+        let mut boot = source.init_boot();
+        boot.set_kernel_type(wire::KernelType::Linux);
+        write_file(self.kernel.as_ref(), boot.reborrow().init_kernel());
+        write_file(self.ramdisk.as_ref(), boot.reborrow().init_ramdisk());
+        boot.set_cmdline(&self.cmdline[..]);
+    }
 }
 
 pub(crate) fn not_supported(field: &str) -> ConfigFault {
     ConfigFault::new(field, "not supported")
+}
+
+fn read_saved(
+    reader: wire::saved_snapshot::Reader<'_>,
+    faults: &mut Vec<ConfigFault>,
+) -> capnp::Result<SavedSource> {
+    let file = read_file(reader.get_file()?, "source.saved.file", faults)?;
+    Ok(SavedSource { file, base: read_file(reader.get_base()?, "source.saved.base", faults)? })
 }
 
 type Boot = (Option<FileSource>, Option<FileSource>, String);
@@ -415,6 +456,7 @@ mod tests {
     #[test]
     fn a_config_survives_the_wire() {
         let config = GuestConfig {
+            saved: None,
             kernel: Some(FileSource::Descriptor(3)),
             ramdisk: None,
             cmdline: "console=ttyS0".into(),
@@ -444,6 +486,17 @@ mod tests {
         assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
         let config = GuestConfig { affinity: VpAffinity::All([5].into()), ..config };
         assert_eq!(message(|builder| config.write(builder)).config.affinity, config.affinity);
+    }
+
+    #[test]
+    fn a_snapshots_file_takes_the_place_of_what_is_booted() {
+        let base = Some(FileSource::Descriptor(4));
+        let config = GuestConfig { cpus: 3, ..GuestConfig::restored(FileSource::Descriptor(3), base) };
+        let read = message(|builder| config.write(builder));
+        assert!(read.faults.is_empty(), "{:?}", read.faults);
+        assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
+        let none = message(|builder| drop(builder.get_source().init_saved())).config;
+        assert!(none.saved.is_some_and(|saved| saved.file.is_none() && saved.base.is_none()));
     }
 
     #[test]

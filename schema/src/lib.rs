@@ -25,7 +25,8 @@ pub use block::{
     BlockConfig, BlockMode, BlockServiceInfo, DiskSource, ImageFormat, MAX_BLOCK_TRANSFER, RateLimits,
 };
 pub use config::{
-    ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, VpAffinity,
+    ConfigFault, CpuidMask, FileSource, GuestConfig, MemoryConfig, OnReset, ReadConfig, SavedSource,
+    VpAffinity,
 };
 pub use debug::{
     AddressSpace, Breakpoint, BreakpointAccess, DebugHalt, DebuggedVps, HaltReason, SegmentRegister,

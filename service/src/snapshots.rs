@@ -1,14 +1,14 @@
 //! Snapshots that the service keeps for others: files that a VMM hands over, and what they are of.
 //!
-//! The files are sealed memfds, which are passed on and never mapped, and read for an export alone. A snapshot lasts for as long as a capability to it
-//! does; there is no list of them. Limits: one service's memory; nothing of them outlives it.
+//! The files are sealed memfds, which are passed on and never mapped, and read for an export alone. The memory may also be a file that
+//! its user keeps on disk, by a descriptor that nothing is written by. A snapshot lasts for as long as a capability to it does; there is no list of them. Limits: one service's memory; nothing of them outlives it.
 
 use crate::guests::quoted;
 use guest_schema::vmm_capnp::{snapshot_file, snapshot_parts};
 use guest_schema::{Failure, GuestError, SnapshotFile, SnapshotInfo};
 use guest_snapshot_file::SnapshotSource;
 use guest_transport::Descriptors;
-use rustix::fs::SealFlags;
+use rustix::fs::{FileType, OFlags, SealFlags};
 use rustix::rand::GetRandomFlags;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -126,6 +126,9 @@ fn check(files: &Files) -> Result<(), Failure> {
     }
     for (file, descriptor) in files {
         let name = file.name();
+        if *file == SnapshotFile::Memory && is_on_disk(descriptor) {
+            continue;
+        }
         let Ok(seals) = rustix::fs::fcntl_get_seals(&**descriptor) else {
             return bad(format!("files: {name} is no memfd"));
         };
@@ -136,6 +139,15 @@ fn check(files: &Files) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// Whether it is a file that whoever holds this descriptor cannot write to: the memory of a guest that goes on from a snapshot's file is
+/// that file, which its user keeps.
+fn is_on_disk(descriptor: &File) -> bool {
+    let is_file = rustix::fs::fstat(descriptor)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+    let flags = rustix::fs::fcntl_getfl(descriptor).unwrap_or(OFlags::PATH);
+    is_file && !flags.contains(OFlags::PATH) && flags & OFlags::RWMODE == OFlags::RDONLY
 }
 
 fn new_token() -> Result<Token, Failure> {

@@ -311,10 +311,35 @@ Examples:
   guestctl run --disk path=data.img,bps=100M,iops=5000 --disk path=tools.img,readonly=on
   guestctl run --kernel vmlinuz --initrd initrd.gz --cmdline console=hvc0 --console ports=agent --attach console
   guestctl run --kernel vmlinuz --initrd initrd.gz --vsock path=web.sock
+  guestctl run --snapshot web.snapshot --disk path=root.img                 (goes on where web was saved)
+  guestctl run --snapshot evening.snapshot --snapshot-base morning.snapshot --attach console
+
+Keep a snapshot's file as you keep the guest's disks, unchanged while guests go on from it: its memory is read when it is touched, and whoever can write to the file can change them. A disk has to be as it was when the snapshot was taken.
 
 --vsock path=web.sock: write `CONNECT 80` and a newline to web.sock, and it is connected to the guest's port 80 once it has answered \
 `OK` and the host's port; it is closed if the guest refuses. What the guest connects to at the host's port 1234 (CID 2) is the Unix \
 socket web.sock_1234, if somebody listens there.";
+
+/// What a snapshot has of its guest, and is not to be chosen beside one.
+const OF_THE_SNAPSHOT: [&str; 17] = [
+    "kernel",
+    "initrd",
+    "cmdline",
+    "cpus",
+    "cpu_affinity",
+    "cpuid_mask",
+    "memory",
+    "on_reset",
+    "huge_pages",
+    "prefault",
+    "lock_memory",
+    "catch_up_time",
+    "debug_exit",
+    "rng",
+    "balloon",
+    "console",
+    "mem",
+];
 
 /// `guestctl run`.
 #[derive(Debug, Args)]
@@ -323,6 +348,13 @@ pub struct Run {
     /// The guest's id [default: the service chooses one]
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     pub name: String,
+    /// A snapshot's file, as `snapshot save` writes it: the guest goes on from there, in place of being booted. What it has is the
+    /// snapshot's; --disk and --net grant what it had of each, in their order, and --vsock the sockets
+    #[arg(long, value_name = "FILE", conflicts_with_all = OF_THE_SNAPSHOT)]
+    pub snapshot: Option<PathBuf>,
+    /// The file that the snapshot's file is a layer of
+    #[arg(long, value_name = "FILE", requires = "snapshot")]
+    pub snapshot_base: Option<PathBuf>,
     /// The kernel: an ELF with a PVH note, a vmlinux or a bzImage [default: the built-in guest]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -411,6 +443,9 @@ impl Attachment {
 impl Run {
     /// What the attachment needs and the guest is not given.
     pub fn missing(&self) -> Option<String> {
+        if self.snapshot.is_some() {
+            return None;
+        }
         match (&self.attach, &self.devices.console) {
             (Attachment::Console, None) => Some("--attach console needs --console".to_owned()),
             (Attachment::Port(name), console) => {
@@ -533,6 +568,34 @@ mod tests {
         );
         let text = run(&["--console", "agent"]).expect_err("no names").to_string();
         assert!(text.contains("agent") && text.contains("ports"), "{text}");
+    }
+
+    #[test]
+    fn a_snapshot_has_what_it_has() {
+        let with = |arguments: &[&str]| run(&[&["--snapshot", "web.snapshot"], arguments].concat());
+        let options =
+            ["--disk=path=a", "--net=passt", "--vsock=path=b", "--attach=console", "--proxied", "--json"];
+        let granted = with(&options).expect("valid");
+        assert_eq!((granted.snapshot, granted.snapshot_base), (Some("web.snapshot".into()), None));
+        let command = Options::command();
+        let run_command = command.find_subcommand("run").expect("run");
+        for id in OF_THE_SNAPSHOT {
+            let argument = run_command.get_arguments().find(|argument| argument.get_id() == id).expect(id);
+            let option = format!("--{}", argument.get_long().expect("an option"));
+            let value = match id {
+                "cpus" | "cpu_affinity" => "=1",
+                "cpuid_mask" => "=7.0:ebx=1",
+                "memory" => "=1G",
+                "on_reset" => "=stop",
+                "kernel" | "initrd" | "cmdline" => "=x",
+                "mem" => "=region=1G",
+                _ => "",
+            };
+            let text = with(&[&format!("{option}{value}")]).expect_err(id).to_string();
+            assert!(text.contains("--snapshot <FILE>") && text.contains(&option), "{text}");
+        }
+        let error = run(&["--snapshot-base=x"]).expect_err("of what?").to_string();
+        assert!(error.contains("--snapshot <FILE>"), "{error}");
     }
 
     #[test]

@@ -57,10 +57,15 @@ pub(crate) struct Backends {
 }
 
 impl Backends {
-    /// Takes them. What cannot be is a fault, and so is what a config says of devices that no guest can have.
+    /// Takes them. What cannot be is a fault.
     pub fn take(config: &DevicesConfig, descriptors: &Descriptors, faults: &mut Vec<ConfigFault>) -> Self {
         let images = block::take_images(&config.block, descriptors, faults);
         Self { images, net: net::take(&config.net, descriptors, faults) }
+    }
+
+    /// Has them serve the devices of this config, in place of those of the config that they came with.
+    pub fn serve(&mut self, config: &DevicesConfig) {
+        net::serve(&mut self.net, &config.net);
     }
 }
 
@@ -91,9 +96,13 @@ pub(crate) async fn requested(
     Ok(devices)
 }
 
-/// What is wrong with the devices of a config; `host_bytes` is the host's memory.
-pub(crate) fn faults(config: &GuestConfig, host_bytes: u64) -> Vec<ConfigFault> {
-    let block = block::faults(&config.devices.block);
+/// What is wrong with the disks and networks of a config.
+pub(crate) fn faults(config: &GuestConfig) -> Vec<ConfigFault> {
+    [block::faults(&config.devices.block), net::faults(&config.devices.net)].concat()
+}
+
+/// What is wrong with the other devices of a config, which need nothing of the host but its memory, of so many bytes.
+pub(crate) fn own_faults(config: &GuestConfig, host_bytes: u64) -> Vec<ConfigFault> {
     let console = console::faults(&config.devices);
-    [block, balloon::faults(config), console, mem::faults(config, host_bytes)].concat()
+    [balloon::faults(config), console, mem::faults(config, host_bytes)].concat()
 }

@@ -35,13 +35,12 @@ pub(super) enum OpenBackend {
     VhostUser(OwnedFd, u16),
 }
 
-/// Takes the devices' descriptors. What of the devices cannot be is a fault.
+/// Takes the devices' descriptors. What of them cannot be is a fault.
 pub(super) fn take(
     devices: &[NetConfig],
     descriptors: &Descriptors,
     faults: &mut Vec<ConfigFault>,
 ) -> Vec<RequestedNet> {
-    faults.extend(value_faults(devices));
     let mut taken = Vec::new();
     for (index, NetConfig { mac, mtu, backend, limits }) in devices.iter().enumerate() {
         let field = |kind: &str| format!("net[{index}].backend.{kind}");
@@ -51,6 +50,13 @@ pub(super) fn take(
         }
     }
     taken
+}
+
+/// Has the back ends serve other devices, of which there are as many.
+pub(super) fn serve(taken: &mut [RequestedNet], devices: &[NetConfig]) {
+    for (net, device) in taken.iter_mut().zip(devices) {
+        (net.mac, net.mtu, net.limits) = (device.mac, device.mtu, device.limits);
+    }
 }
 
 /// Opens a back end, or says what of which kind it is not.
@@ -94,7 +100,7 @@ fn connected(socket: OwnedFd, number: u64) -> Result<OwnedFd, String> {
 }
 
 /// What of the devices cannot be, whatever their descriptors are.
-fn value_faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
+pub(super) fn faults(devices: &[NetConfig]) -> Vec<ConfigFault> {
     let mut faults = Vec::new();
     if devices.len() > MAX_DEVICES {
         let problem = format!("{} devices are more than {MAX_DEVICES}", devices.len());
@@ -242,9 +248,9 @@ mod tests {
             limited(Backend::VhostUser { socket: 0, queue_pairs: 1 }),
             limited(Backend::Stream(0)),
         ];
-        let faults: Vec<_> = value_faults(&devices).iter().map(ToString::to_string).collect();
+        let found: Vec<_> = faults(&devices).iter().map(ToString::to_string).collect();
         assert_eq!(
-            faults,
+            found,
             [
                 "net[1].mac: 02:00:00:00:00:01 is net[0]'s",
                 "net[1].mtu: 67 is below the least of 68",
@@ -256,8 +262,8 @@ mod tests {
             ]
         );
         let many = vec![device(None, None, Backend::Stream(0)); 33];
-        assert_eq!(value_faults(&many)[0].to_string(), "net: 33 devices are more than 32");
-        assert_eq!(value_faults(&many[1..]), []);
+        assert_eq!(faults(&many)[0].to_string(), "net: 33 devices are more than 32");
+        assert_eq!(faults(&many[1..]), []);
     }
 
     fn vhost_user(socket: std::os::unix::net::UnixStream, pairs: u16) -> RequestedNet {

@@ -139,6 +139,7 @@ pub fn check_kvm() -> anyhow::Result<()> {
 /// A config that boots the built-in guest.
 fn config(lifecycle: &Lifecycle) -> anyhow::Result<GuestConfig> {
     Ok(GuestConfig {
+        saved: None,
         kernel: Some(lifecycle.file(sealed_file(builtin_guest::IMAGE)?)),
         ramdisk: None,
         cmdline: String::new(),

@@ -422,6 +422,7 @@ async fn a_failed_create_is_told_to_all_who_came_after(stage: Stage) -> Story {
 async fn all_faults_of_a_config_come_at_once(stage: Stage) -> Story {
     let player = stage.launch("").await?;
     let bad = GuestConfig {
+        saved: None,
         kernel: Some(FileSource::Descriptor(77)),
         ramdisk: None,
         cmdline: "x".repeat(70_000),

@@ -6,27 +6,37 @@ use crate::options::Run;
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The open files of a guest.
 pub struct Files {
-    /// The kernel.
-    pub kernel: File,
-    /// The initrd.
-    pub initrd: Option<File>,
+    /// What it begins with.
+    pub source: Source,
     /// What its devices are made of.
     pub devices: OpenDevices,
 }
 
+/// What a guest begins with.
+pub enum Source {
+    /// It is booted.
+    Boot { kernel: File, initrd: Option<File> },
+    /// It goes on from a snapshot's file, and what that is a layer of.
+    Saved { file: File, base: Option<File> },
+}
+
 impl Files {
-    /// Opens what was named; the built-in guest if no kernel was.
+    /// Opens what was named; the built-in guest if no kernel and no snapshot was.
     pub fn open(run: &Run) -> Outcome<Self> {
-        let kernel = match &run.kernel {
-            Some(path) => open("--kernel", path)?,
-            None => builtin_guest()?,
+        let given =
+            |option: &str, path: &Option<PathBuf>| path.as_deref().map(|path| open(option, path)).transpose();
+        let source = match given("--snapshot", &run.snapshot)? {
+            Some(file) => Source::Saved { file, base: given("--snapshot-base", &run.snapshot_base)? },
+            None => Source::Boot {
+                kernel: given("--kernel", &run.kernel)?.map_or_else(builtin_guest, Ok)?,
+                initrd: given("--initrd", &run.initrd)?,
+            },
         };
-        let initrd = run.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
-        Ok(Self { kernel, initrd, devices: run.devices.open()? })
+        Ok(Self { source, devices: run.devices.open()? })
     }
 }
 

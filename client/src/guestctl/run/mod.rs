@@ -17,8 +17,11 @@ use crate::options::{Attachment, Options, Run};
 use crate::out::Out;
 use crate::service;
 use crate::signals::Signals;
-use files::Files;
-use guest_client::{Call, ClientError, Exit, GuestConfig, GuestExit, Launched, Lifecycle, MemoryConfig};
+use files::{Files, Source};
+use guest_client::{
+    Call, ClientError, DevicesConfig, Exit, FileSource, GuestConfig, GuestExit, Launched, Lifecycle,
+    MemoryConfig,
+};
 use input::Input;
 use output::Output;
 use report::{Clock, Ended, Timings};
@@ -180,9 +183,21 @@ impl Life {
 }
 
 fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> Outcome<GuestConfig> {
-    Ok(GuestConfig {
-        kernel: Some(lifecycle.file(files.kernel)),
-        ramdisk: files.initrd.map(|initrd| lifecycle.file(initrd)),
+    let devices = files.devices.config(lifecycle)?;
+    match files.source {
+        Source::Boot { kernel, initrd } => {
+            let (kernel, ramdisk) = (lifecycle.file(kernel), initrd.map(|initrd| lifecycle.file(initrd)));
+            Ok(GuestConfig { ramdisk, ..booted(run, kernel, devices) })
+        }
+        Source::Saved { file, base } => {
+            let base = base.map(|base| lifecycle.file(base));
+            Ok(GuestConfig { devices, ..GuestConfig::restored(lifecycle.file(file), base) })
+        }
+    }
+}
+
+fn booted(run: &Run, kernel: FileSource, devices: DevicesConfig) -> GuestConfig {
+    GuestConfig {
         cmdline: run.cmdline.clone(),
         cpus: run.cpus,
         affinity: run.cpu_affinity.clone().unwrap_or_default(),
@@ -194,11 +209,11 @@ fn config(run: &Run, files: Files, lifecycle: &Lifecycle) -> Outcome<GuestConfig
             lock: run.lock_memory,
         },
         on_reset: run.on_reset.into(),
-        units: Vec::new(),
-        devices: files.devices.config(lifecycle)?,
+        devices,
         catch_up_time: run.catch_up_time,
         debug_exit: run.debug_exit,
-    })
+        ..GuestConfig::new(Some(kernel), run.memory)
+    }
 }
 
 /// Notes when the answer comes, whoever waits for it later.

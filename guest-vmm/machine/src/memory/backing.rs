@@ -193,10 +193,10 @@ impl Shared {
 
     /// Copies an image into memory that is all zero.
     fn load(&self, image: &MemoryImage, mapping: &Mapping) -> Result<(), RestoreMemoryError> {
-        image.parts().try_for_each(|(part, ImageFile { file, .. })| {
-            let pages = file::data(file, mapping.all());
+        image.parts().try_for_each(|(part, image)| {
+            let pages = image.taken_pages(mapping.all().end);
             let copied =
-                pages.and_then(|pages| pages.iter().try_for_each(|run| mapping.copy_from(file, run)));
+                pages.and_then(|pages| pages.iter().try_for_each(|run| mapping.copy_from(&image.file, run)));
             copied.map_err(|source| RestoreMemoryError::Map { part, source })
         })
     }
@@ -284,7 +284,7 @@ fn whole_pages(range: &Range<u64>) -> Range<u64> {
 
 impl Layer {
     fn of(file: &ImageFile, mapping: &Mapping) -> io::Result<Self> {
-        Ok(Self { file: file.clone(), pages: file::data(&file.file, mapping.all())? })
+        Ok(Self { file: file.clone(), pages: file.taken_pages(mapping.all().end)? })
     }
 
     fn map(&self, mapping: &Mapping) -> io::Result<()> {

@@ -49,7 +49,7 @@ impl Frozen {
         let base = self.base.seal().map_err(FreezeError::Seal)?;
         let layer = self.layer.take().map(|file| {
             file::seal(&file)?;
-            Ok(ImageFile { file: Arc::new(file), on_disk: false })
+            Ok(ImageFile::own(Arc::new(file)))
         });
         let layer = layer.transpose().map_err(FreezeError::Seal)?;
         let Self { bytes, ref hotplug, method, copied_bytes, .. } = self;
@@ -99,7 +99,7 @@ impl Shared {
 
     fn remap(&self, shape: &Shape, mapping: &Mapping) -> Result<Freeze, FreezeError> {
         let aside = mapping.set_aside(&self.file).map_err(|error| FreezeError::Map(error.into()))?;
-        let base = Base::new(ImageFile { file: self.file.clone(), on_disk: false }, Some(aside));
+        let base = Base::new(ImageFile::own(self.file.clone()), Some(aside));
         Ok((frozen(shape, base.clone(), FreezeMethod::Remapped, 0), Some(Private::mapped(base))))
     }
 
@@ -179,7 +179,7 @@ fn frozen(shape: &Shape, base: Arc<Base>, method: FreezeMethod, copied_bytes: u6
 fn copied(shape: &Shape, mapping: &Mapping, pages: &Runs) -> Result<Frozen, FreezeError> {
     let pages = without_zeros(mapping, pages);
     let file = Arc::new(copy(mapping, &pages).map_err(FreezeError::Copy)?);
-    let base = Base::new(ImageFile { file, on_disk: false }, None);
+    let base = Base::new(ImageFile::own(file), None);
     Ok(frozen(shape, base, FreezeMethod::Copied, pages.bytes()))
 }
 

@@ -1,12 +1,13 @@
 //! Images of guest memory: what a freeze leaves, and what memory is restored from.
 //!
 //! An image is a base, which has all of the memory, and at most one layer, which has the pages that differ: what is not a hole in the
-//! layer is to be taken from it. Both lie as the memory does in its own file: what firmware tells of below the hole, above the hole,
+//! layer is to be taken from it, unless it comes with a list of its pages. Both lie as the memory does in its own file: what firmware tells of below the hole, above the hole,
 //! the region for what is plugged later.
 
 use super::error::{ImageError, ImagePart, RestoreMemoryError};
 use super::file;
 use super::mapping::Mapping;
+use super::runs::Runs;
 use rustix::fs::{FileType, OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fstat};
 use std::fs::File;
 use std::io;
@@ -18,6 +19,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct ImageFile {
     pub(super) file: Arc<File>,
     pub(super) on_disk: bool,
+    /// How much of the file is memory; all of it, or of a file on disk what the memory takes, if that is not known.
+    memory_bytes: Option<u64>,
+    /// Which pages it has as a layer, in place of those that are not holes.
+    pages: Option<Arc<Runs>>,
 }
 
 impl ImageFile {
@@ -33,7 +38,7 @@ impl ImageFile {
         let needed = [("F_SEAL_WRITE", SealFlags::WRITE), ("F_SEAL_SHRINK", SealFlags::SHRINK)];
         let missing: Vec<_> = needed.into_iter().filter_map(lacks).collect();
         if missing.is_empty() {
-            return Ok(Self { file, on_disk: false });
+            return Ok(Self::own(file));
         }
         Err(ImageError::NotSealed { missing: missing.join(" and ") })
     }
@@ -45,7 +50,30 @@ impl ImageFile {
     /// [`ImageError`] if it is not a regular file that can be read.
     pub fn on_disk(file: Arc<File>) -> Result<Self, ImageError> {
         check_readable(&file)?;
-        Ok(Self { file, on_disk: true })
+        Ok(Self { on_disk: true, ..Self::own(file) })
+    }
+
+    /// A memfd that is sealed, or is going to be.
+    pub(super) fn own(file: Arc<File>) -> Self {
+        Self { file, on_disk: false, memory_bytes: None, pages: None }
+    }
+
+    /// The same, of which so many bytes are memory, and what follows is not.
+    #[must_use]
+    pub fn with_memory_bytes(self, bytes: u64) -> Self {
+        Self { memory_bytes: Some(bytes), ..self }
+    }
+
+    /// The same as a layer that has these pages, ranges of bytes in ascending order; what is a hole in the file there is zeros. Without
+    /// this a layer has the pages that are not holes, so that none can be one of zeros that a tool left out.
+    #[must_use]
+    pub fn with_pages(self, pages: impl IntoIterator<Item = Range<u64>>) -> Self {
+        Self { pages: Some(Arc::new(pages.into_iter().collect())), ..self }
+    }
+
+    /// The pages to be taken from it, of memory of so many bytes: of a base those that are not holes.
+    pub(super) fn taken_pages(&self, bytes: u64) -> io::Result<Runs> {
+        self.pages.as_ref().map_or_else(|| file::data(&self.file, 0..bytes), |pages| Ok((**pages).clone()))
     }
 
     /// The file. Its descriptor may be passed on.
@@ -55,11 +83,14 @@ impl ImageFile {
 
     /// A memfd has the memory's size; behind what a file on disk has of it there may be more.
     fn check_size(&self, expected: u64) -> Result<(), ImageError> {
-        let bytes = self.file.metadata().map_err(ImageError::Stat)?.len();
-        if bytes == expected || self.on_disk && bytes > expected {
-            return Ok(());
+        let length = self.file.metadata().map_err(ImageError::Stat)?.len();
+        let bytes = self.memory_bytes.map_or(length, |bytes| bytes.min(length));
+        let is_longer = self.on_disk && self.memory_bytes.is_none() && bytes > expected;
+        if bytes != expected && !is_longer {
+            return Err(ImageError::Size { bytes, expected });
         }
-        Err(ImageError::Size { bytes, expected })
+        let last = self.pages.iter().filter_map(|pages| pages.iter().last()).find(|run| run.end > expected);
+        last.map_or(Ok(()), |run| Err(ImageError::Size { bytes: run.end, expected }))
     }
 }
 

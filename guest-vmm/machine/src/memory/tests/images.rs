@@ -134,6 +134,53 @@ fn memory_is_restored_from_files_on_disk_that_may_be_longer() {
     assert!(matches!(restore(&short), Err(RestoreMemoryError::Image { part: ImagePart::Base, .. })));
 }
 
+#[test]
+fn a_layers_pages_of_zeros_may_be_holes_if_it_has_a_list() {
+    let base = image().base;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(2 * MIB + 5).unwrap();
+    file.write_at(&[6], 4096).unwrap();
+    let listed = |pages: Vec<_>| {
+        ImageFile::on_disk(Arc::new(file.try_clone().unwrap()))
+            .unwrap()
+            .with_memory_bytes(2 * MIB)
+            .with_pages(pages)
+    };
+    let layer = listed(vec![0..8192, MIB..MIB + 4096]);
+    let image = MemoryImage { base, layer: Some(layer) };
+    let byte = |memory: &GuestMemory, at| memory.view().read_obj::<u8>(GuestAddress(at)).unwrap();
+    for options in [MemoryOptions::default(), MemoryOptions { prefault: true, ..MemoryOptions::default() }] {
+        let child = GuestMemory::restore(&image, 2 * MIB, options, None).unwrap();
+        assert_eq!([0, 4096, MIB].map(|at| byte(&child, at)), [0, 6, 0], "the base has 1 at 1 MiB");
+        let frozen = child.freeze().unwrap().seal().unwrap();
+        assert_eq!([0, 4096, MIB].map(|at| byte(&restore(&frozen.image).unwrap(), at)), [0, 6, 0]);
+    }
+    for (pages, bytes) in
+        [(vec![MIB..2 * MIB + 4096], 2 * MIB + 4096), (vec![0..4096, MIB..3 * MIB], 3 * MIB)]
+    {
+        let wrong = MemoryImage { layer: Some(listed(pages)), ..image.clone() };
+        let text = format!("the memory image's layer has {bytes} bytes, but the memory has 2097152");
+        assert_eq!(restore(&wrong).unwrap_err().to_string(), text);
+    }
+}
+
+#[test]
+fn memory_in_a_longer_file_is_of_its_own_size() {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.set_len(3 * MIB).unwrap();
+    let of = |bytes| MemoryImage {
+        base: ImageFile::on_disk(file.clone()).unwrap().with_memory_bytes(bytes),
+        layer: None,
+    };
+    assert!(restore(&of(2 * MIB)).is_ok());
+    for bytes in [MIB, 2 * MIB + 4096] {
+        let text = format!("the memory image's base has {bytes} bytes, but the memory has 2097152");
+        assert_eq!(restore(&of(bytes)).unwrap_err().to_string(), text);
+    }
+    file.set_len(MIB).unwrap();
+    assert!(restore(&of(2 * MIB)).is_err(), "it was cut short");
+}
+
 /// The longest runs are mapped, the others copied.
 #[test]
 fn a_layer_of_many_runs_costs_few_mappings() {
