@@ -1,6 +1,5 @@
 //! The commands about snapshots on disk: snapshot save, snapshot show.
 
-mod date;
 mod report;
 mod save;
 mod show;

@@ -1,17 +1,23 @@
 //! What is in a snapshot's file, for people and for programs.
 
-use super::date::utc;
 use guest_client::snapshot_file::{Manifest, SnapshotFile, UnitState};
 use guest_client::{BlockMode, GuestConfig, OnReset};
 use guest_saved_state::saved_state_roots;
 use guest_schema::config_capnp::guest_config;
 use indicatif::BinaryBytes;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
 /// Text of a file that may be anybody's, fit for a terminal.
 fn shown(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// A moment in µs since 1970, in UTC, to the second; the number itself if no calendar goes so far.
+fn utc(us: u64) -> String {
+    let moment = i64::try_from(us).ok().and_then(|us| Timestamp::from_microsecond(us).ok());
+    moment.map_or_else(|| format!("{us} µs"), |moment| moment.strftime("%F %T UTC").to_string())
 }
 
 /// The config that is in it, if it can be read.
@@ -196,4 +202,15 @@ fn parts_json(manifest: &Manifest) -> Vec<Value> {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let part = |part: &guest_client::snapshot_file::PartEntry| json!({ "name": part.name, "at": part.offset, "bytes": part.length, "checksum": hex(&part.checksum) });
     manifest.parts.iter().map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_dates_and_those_beyond_the_calendar_numbers() {
+        assert_eq!(utc(1_795_303_659_000_007), "2026-11-21 23:27:39 UTC");
+        assert_eq!(utc(u64::MAX), "18446744073709551615 µs");
+    }
 }
