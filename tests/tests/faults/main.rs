@@ -3,6 +3,7 @@
 mod in_process;
 mod kills;
 mod leaks;
+mod prepared;
 mod service;
 mod warm;
 
@@ -20,6 +21,13 @@ fn main() -> ExitCode {
             }
         };
     }
-    let trials = [kills::trials(), service::trials(), leaks::trials(), in_process::trials(), warm::trials()];
+    let trials = [
+        kills::trials(),
+        service::trials(),
+        leaks::trials(),
+        in_process::trials(),
+        warm::trials(),
+        prepared::trials(),
+    ];
     run(trials.into_iter().flatten().collect(), || {})
 }
