@@ -1,5 +1,6 @@
 //! What guests run on: KVM, or scripts for tests without a hypervisor.
 
+use crate::rehearsal::rehearse;
 use devices::ByteSink;
 use kvm::KvmHypervisor;
 use machine::{
@@ -7,6 +8,7 @@ use machine::{
 };
 use processor::scripted::{ScriptedHypervisor, ScriptedOptions};
 use processor::{Hypervisor, PartitionError, VpIndex};
+use std::cell::Cell;
 use std::str::FromStr;
 use std::sync::Arc;
 use tokio::sync::{Mutex, OnceCell, mpsc};
@@ -78,11 +80,12 @@ pub(crate) struct Host {
     /// What was made ahead, for the first guest that it fits. Locked while it is being made: a create waits for that, rather than to
     /// begin anew beside it.
     prepared: Mutex<Option<PreparedMachine>>,
+    has_rehearsed: Cell<bool>,
 }
 
 impl Host {
     pub fn new(platform: Platform) -> Self {
-        Self { platform, kvm: OnceCell::new(), prepared: Mutex::default() }
+        Self { platform, kvm: OnceCell::new(), prepared: Mutex::default(), has_rehearsed: Cell::new(false) }
     }
 
     /// Opens the platform before it is needed. What fails will fail again for whom it matters.
@@ -112,6 +115,7 @@ impl Host {
 
     /// Makes ahead what machines of this shape begin with, in place of what was made before.
     pub async fn prepare(&self, shape: MachineShape) -> Result<(), MachineError> {
+        self.rehearse().await;
         let mut prepared = self.prepared.lock().await;
         if prepared.as_ref().is_some_and(|prepared| *prepared.shape() == shape) {
             return Ok(());
@@ -129,6 +133,17 @@ impl Host {
             }
         });
         Ok(())
+    }
+
+    /// Runs a guest that nobody sees, the first time. Nothing depends on its success.
+    async fn rehearse(&self) {
+        if self.platform == Platform::Kvm
+            && !self.has_rehearsed.replace(true)
+            && let Ok(kvm) = self.kvm().await
+            && let Err(error) = rehearse(kvm.clone()).await
+        {
+            tracing::debug!(error = &error as &dyn std::error::Error, "no rehearsal");
+        }
     }
 
     /// What was made ahead, if it fits; otherwise it is given back, for which nobody waits.
@@ -174,6 +189,76 @@ impl Host {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use machine::BootFiles;
+    use processor::scripted::Script;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use std::fs::File;
+    use std::io::Write;
+
+    async fn built(host: &Host, config: MachineConfig) -> Result<Machine, MachineError> {
+        let (halts, _) = mpsc::unbounded_channel();
+        host.build(config, Arc::new(|_: &[u8]| ()), halts, || false).await
+    }
+
+    fn config(vps: u32) -> MachineConfig {
+        let mut kernel = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).expect("a memfd"));
+        kernel.write_all(&Script::new().to_elf()).expect("written");
+        MachineConfig::new(vps, 4 << 20, BootFiles { kernel, initrd: None, cmdline: String::new() })
+    }
+
+    /// What a host has made ahead.
+    async fn is_prepared(host: &Host) -> Option<MachineShape> {
+        host.prepared.lock().await.as_ref().map(|prepared| prepared.shape().clone())
+    }
+
+    async fn on_local_set(story: impl Future<Output = ()>) {
+        tokio::task::LocalSet::new().run_until(story).await;
+    }
+
+    #[tokio::test]
+    async fn what_was_made_ahead_is_taken_by_the_first_guest_and_given_back_by_an_unlike_one() {
+        on_local_set(async {
+            let host = Host::new("scripted".parse().expect("known"));
+            let shape = config(2).shape;
+            host.prepare(shape.clone()).await.expect("prepared");
+            host.prepare(shape.clone()).await.expect("prepared already");
+            assert_eq!(is_prepared(&host).await, Some(shape.clone()));
+            let partition =
+                Arc::downgrade(&host.prepared.lock().await.as_ref().expect("prepared").partition());
+            let first = built(&host, config(2)).await.expect("built");
+            assert!(partition.upgrade().is_some(), "the machine is made of it");
+            assert_eq!(is_prepared(&host).await, None);
+            let second = built(&host, config(2)).await.expect("built anew");
+            first.destroy().await;
+            second.destroy().await;
+            assert!(partition.upgrade().is_none());
+
+            host.prepare(shape).await.expect("prepared");
+            let partition =
+                Arc::downgrade(&host.prepared.lock().await.as_ref().expect("prepared").partition());
+            built(&host, config(1)).await.expect("built anew").destroy().await;
+            assert_eq!(is_prepared(&host).await, None);
+            let gone = async {
+                while partition.upgrade().is_some() {
+                    tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(std::time::Duration::from_secs(60), gone).await.expect("given back");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_cannot_be_prepared_leaves_others_possible() {
+        on_local_set(async {
+            let host = Host::new("scripted,fail-bind=1".parse().expect("known"));
+            let error = host.prepare(config(2).shape).await.expect_err("VP 1 cannot be bound");
+            assert!(matches!(error, MachineError::Vp(_)), "{error}");
+            assert_eq!(is_prepared(&host).await, None);
+            built(&host, config(1)).await.expect("it has no VP 1").destroy().await;
+        })
+        .await;
+    }
 
     #[test]
     fn names_are_read_and_others_refused() {

@@ -26,6 +26,7 @@ use state_unit::{
     StateUnitsInspector, TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
 };
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -33,6 +34,9 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 /// How long the state units' tasks may take to end once their machine is taken down.
 const UNIT_END: Duration = Duration::from_secs(1);
+
+/// The largest kernel that is loaded where nothing may block, in bytes: as much as is pumped at once.
+const QUICK_BYTES: u64 = 64 << 10;
 
 /// The name of the VPs' state unit.
 pub const VPS: &str = "vps";
@@ -68,6 +72,17 @@ impl MachineConfig {
             devices: Vec::new(),
             inject: None,
         }
+    }
+
+    /// Whether a prepared machine becomes one of this config within some dozens of microseconds: it is booted from a small file, or
+    /// goes on from memory that is mapped at once, and has no devices that have to be told to the hypervisor.
+    fn is_quick(&self) -> bool {
+        let is_small = |kernel: &File| kernel.metadata().is_ok_and(|kernel| kernel.len() <= QUICK_BYTES);
+        let contents = match &self.image {
+            Some(image) => image.layer.is_none(),
+            None => self.boot.initrd.is_none() && is_small(&self.boot.kernel),
+        };
+        contents && self.devices.is_empty()
     }
 }
 
@@ -231,7 +246,8 @@ impl Machine {
         Self::on_foundation(foundation, inject, halts).await
     }
 
-    /// The same of what was made ahead, whose shape has to be the config's. The guest's time begins now.
+    /// The same of what was made ahead, whose shape has to be the config's. The guest's time begins now. What takes microseconds, as
+    /// long as asking the blocking pool, is done here.
     pub async fn build_on(
         prepared: PreparedMachine,
         config: MachineConfig,
@@ -239,7 +255,7 @@ impl Machine {
         halts: mpsc::UnboundedSender<Halt>,
     ) -> Result<Self, MachineError> {
         debug_assert_eq!(prepared.shape, config.shape);
-        let inject = config.inject;
+        let (inject, is_quick) = (config.inject, config.is_quick());
         prepared.partition.forget_stopped_time();
         let lay = move || {
             if let Some(image) = &config.image {
@@ -247,8 +263,11 @@ impl Machine {
             }
             lay_foundation(prepared, config, output)
         };
-        let foundation = tokio::task::spawn_blocking(lay).await.map_err(|_| MachineError::Panicked)??;
-        Self::on_foundation(foundation, inject, halts).await
+        let foundation = match is_quick {
+            true => lay(),
+            false => tokio::task::spawn_blocking(lay).await.map_err(|_| MachineError::Panicked)?,
+        };
+        Self::on_foundation(foundation?, inject, halts).await
     }
 
     async fn on_foundation(
@@ -480,7 +499,6 @@ mod tests {
     use rustix::fs::{MemfdFlags, memfd_create};
     use save_restore::SavedStateBlob;
     use state_unit::SavedStateUnit;
-    use std::fs::File;
     use std::io::Write;
 
     const COM1: u16 = crate::layout::COM1_PORT;

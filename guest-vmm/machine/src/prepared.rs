@@ -135,6 +135,11 @@ impl PreparedMachine {
         &self.shape
     }
 
+    /// The partition.
+    pub fn partition(&self) -> &Arc<dyn Partition> {
+        &self.partition
+    }
+
     /// Gives everything back, on the runtime's blocking pool.
     pub async fn discard(self) {
         if tokio::task::spawn_blocking(move || drop(self)).await.is_err() {

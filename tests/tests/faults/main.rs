@@ -3,6 +3,7 @@
 mod in_process;
 mod kills;
 mod leaks;
+mod prepared;
 mod service;
 mod snapshots;
 mod warm;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         leaks::trials(),
         in_process::trials(),
         warm::trials(),
+        prepared::trials(),
         snapshots::trials(),
     ];
     run(trials.into_iter().flatten().collect(), || {})
