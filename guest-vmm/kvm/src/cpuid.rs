@@ -1,11 +1,14 @@
 //! What a VP is told of itself by CPUID: what the host's KVM offers, less what the guest is not to see, with the VP's own place in
 //! the machine put in.
 //!
+//! A guest that was told of a feature elsewhere goes on only where its VPs have it.
+//!
 //! The topology is one socket of cores with one thread each; the local APIC ID is the VP's number. Intel SDM volume 2,
 //! CPUID; AMD APM volume 3, appendix E.
 
+use crate::error::KvmError;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
-use processor::{CpuidMask, VpIndex};
+use processor::{Cpuid, CpuidLeaf, CpuidMask, VpIndex};
 
 /// A VP's place in the machine.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +27,43 @@ impl Place {
     fn ids(self, limit: u32) -> u32 {
         self.count.next_power_of_two().min(limit)
     }
+}
+
+/// The leaves of which every bit of these registers is a feature or something else that software relies on once it has seen it, by
+/// the bits to look at: EAX, EBX, ECX, EDX. What follows control registers (OSXSAVE, OSPKE) is not looked at.
+const FEATURES: [(u32, Option<u32>, [u32; 4]); 12] = [
+    (1, None, [0, 0, !(1 << 27), !0]),
+    (7, Some(0), [0, !0, !(1 << 4), !0]),
+    (7, Some(1), [!0; 4]),
+    (7, Some(2), [0, 0, 0, !0]),
+    (0xd, Some(0), [!0, 0, 0, !0]),
+    (0xd, Some(1), [!0, 0, !0, !0]),
+    (0x8000_0001, None, [0, 0, !0, !0]),
+    (0x8000_0007, None, [0, 0, 0, !0]),
+    (0x8000_0008, None, [0, !0, 0, 0]),
+    (0x8000_000a, None, [0, 0, 0, !0]),
+    (0x8000_0021, None, [!0, 0, 0, 0]),
+    // What KVM has for its guests.
+    (0x4000_0001, None, [!0, 0, 0, 0]),
+];
+const REGISTERS: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
+
+/// The first feature that a guest was told of and that a VP with these leaves lacks.
+pub(crate) fn lacking(own: &[kvm_cpuid_entry2], wanted: &Cpuid) -> Option<KvmError> {
+    let of_own = |function, index: Option<u32>| {
+        own.iter().find(|leaf| leaf.function == function && index.is_none_or(|index| leaf.index == index))
+    };
+    let lacks = |wanted: &CpuidLeaf| {
+        let &CpuidLeaf { function, index, eax, ebx, ecx, edx } = wanted;
+        let same = |known: Option<u32>| known.is_none_or(|known| known == index.unwrap_or(0));
+        let known = FEATURES.iter().find(|(leaf, subleaf, _)| *leaf == function && same(*subleaf));
+        let &(_, subleaf, looked_at) = known?;
+        let own = of_own(function, subleaf).map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+        let bits: [u32; 4] = std::array::from_fn(|at| [eax, ebx, ecx, edx][at] & looked_at[at] & !own[at]);
+        let at = bits.iter().position(|bits| *bits != 0)?;
+        Some(KvmError::NoFeature { function, index, register: REGISTERS[at], bits: bits[at] })
+    };
+    wanted.0.iter().find_map(lacks)
 }
 
 /// The leaves for all VPs of a guest, but for their places. `host` is what KVM_GET_SUPPORTED_CPUID says, which is silent on the TSC
@@ -148,6 +188,26 @@ mod tests {
             let found = leaves.as_slice().iter().find(|l| l.function == function && l.index == index);
             found.map(|l| [l.eax, l.ebx, l.ecx, l.edx]).unwrap()
         }
+    }
+
+    #[test]
+    fn a_vp_lacks_what_it_was_told_of_and_has_not() {
+        let own = [leaf(1, 0, [1, 2, 0x10, 0x20]), leaf(7, 0, [0, 0x28, 0, 0]), leaf(0xd, 1, [7, 9, 0, 0])];
+        let told = |function, index, registers: [u32; 4]| {
+            let [eax, ebx, ecx, edx] = registers;
+            let wanted = Cpuid(vec![CpuidLeaf { function, index, eax, ebx, ecx, edx }]);
+            lacking(&own, &wanted).map(|error| error.to_string())
+        };
+        // Less, another APIC ID, and what follows CR4.
+        assert_eq!(told(1, None, [9, 99, 0x10 | 1 << 27, 0]), None);
+        assert_eq!(told(7, Some(0), [0, 0x28, 1 << 4, 0]), None);
+        assert_eq!(told(0xd, Some(1), [7, 99, 0, 0]), None);
+        assert_eq!(told(0xd, Some(5), [!0; 4]), None, "where a state component lies");
+        let text = |what| Some(format!("this host has no CPUID {what}, which its guest was told of"));
+        assert_eq!(told(1, None, [0, 0, 0x13, 0]), text("0x1 ECX bits 0x3"));
+        assert_eq!(told(7, Some(0), [0, 0x30, 0, 1]), text("0x7.0x0 EBX bits 0x10"));
+        assert_eq!(told(7, Some(1), [8, 0, 0, 0]), text("0x7.0x1 EAX bits 0x8"));
+        assert_eq!(told(0x8000_0001, None, [0, 0, 0, 4]), text("0x80000001 EDX bits 0x4"));
     }
 
     #[test]

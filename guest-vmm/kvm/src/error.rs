@@ -27,6 +27,18 @@ pub enum KvmError {
         /// The value that it had.
         value: u64,
     },
+    /// CPUID is to tell of features that this host's VPs do not have.
+    #[error("this host has no CPUID {function:#x}{} {register} bits {bits:#x}, which its guest was told of", .index.map(|index| format!(".{index:#x}")).unwrap_or_default())]
+    NoFeature {
+        /// The leaf.
+        function: u32,
+        /// The subleaf, of a leaf that has any.
+        index: Option<u32>,
+        /// The register of the answer.
+        register: &'static str,
+        /// What is lacking.
+        bits: u32,
+    },
     /// The time-stamp counter cannot count as often as it did.
     #[error("the TSC counted at {wanted} kHz, and this host's counts at {host} kHz and cannot be scaled")]
     TscFrequency {

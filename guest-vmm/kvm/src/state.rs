@@ -1,6 +1,7 @@
 //! The state of a stopped VP: the ioctls behind each entry of the table.
 
 use crate::convert::*;
+use crate::cpuid::lacking;
 use crate::error::{KvmError, Named};
 use crate::msrs;
 use crate::tsc;
@@ -52,10 +53,11 @@ impl AccessVpState for KvmState<'_> {
         Ok(from_cpuid(&self.vp.cpuid))
     }
 
-    /// KVM is told only of answers that differ: once a VP has run it takes no others.
+    /// KVM is told only of answers that differ: once a VP has run it takes no others. It would take features that it does not have.
     fn set_cpuid(&mut self, value: &Cpuid) -> Result<(), KvmError> {
         let cpuid = to_cpuid(value)?;
         if cpuid != self.vp.cpuid {
+            lacking(self.vp.cpuid.as_slice(), value).map_or(Ok(()), Err)?;
             self.vp.vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
             self.vp.cpuid = cpuid;
         }

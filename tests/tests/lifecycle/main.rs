@@ -1,8 +1,8 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
 //! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
-//! go on from others in `snapshots`, a hundred of them in `forks`, and files of those in `snapshots_on_disk`; what the board's small
-//! devices tell, in `board`.
+//! go on from others in `snapshots`, a hundred of them in `forks`; files of those in `snapshots_on_disk`, and guests that go on from
+//! them in `saved_snapshots`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
@@ -11,6 +11,7 @@ mod disks;
 mod forks;
 mod networks;
 mod operator;
+mod saved_snapshots;
 mod snapshots;
 mod snapshots_on_disk;
 mod sockets;
@@ -38,6 +39,7 @@ use consoles::*;
 use disks::*;
 use networks::*;
 use operator::*;
+use saved_snapshots::*;
 use snapshots::*;
 use snapshots_on_disk::*;
 use sockets::*;
@@ -175,6 +177,19 @@ stories! {
     a_disk_that_is_full_leaves_what_was_there on scripts;
     saving_leaves_nothing_in_the_service on scripts;
     guestctl_saves_a_guest_and_shows_it on scripts;
+    a_guest_goes_on_from_a_file;
+    a_guest_from_a_file_is_another_generation;
+    a_guest_from_a_file_boots_again_when_it_is_reset;
+    a_guest_from_a_file_is_paused_saved_and_forked;
+    a_lease_takes_a_file_a_kernel_and_a_file;
+    a_layer_goes_on_with_its_base_alone;
+    a_file_that_is_not_whole_is_refused;
+    a_file_whose_memory_is_damaged_on_its_way_is_refused over proxied;
+    a_state_of_other_units_is_refused;
+    a_states_newer_field_is_ignored;
+    a_file_that_can_be_written_by_its_descriptor_is_refused over direct;
+    files_that_are_refused_leave_nothing;
+    guestctl_runs_a_guest_from_a_file over direct;
 }
 
 fn main() -> ExitCode {
