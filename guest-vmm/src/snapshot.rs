@@ -291,37 +291,19 @@ impl OpenSnapshot {
     /// The config of a guest that goes on from here with what `grants` has for it. What of it cannot be is a fault.
     pub fn config_with(&self, grants: GuestConfig, faults: &mut Vec<ConfigFault>) -> GuestConfig {
         let mut config = self.config.clone();
-        for (field, is_given) in [
-            ("source.boot.kernel", grants.kernel.is_some()),
-            ("source.boot.ramdisk", grants.ramdisk.is_some()),
-        ] {
-            if is_given {
-                faults.push(ConfigFault::new(field, "a guest that goes on from a snapshot has its own"));
-            }
-        }
+        faults.extend(self.config.grant_faults(&grants));
         let (own, granted) = (&mut config.devices, grants.devices);
-        count_fault("block", "disks", own.block.len(), granted.block.len(), faults);
         for (disk, granted) in own.block.iter_mut().zip(granted.block) {
             (disk.source, disk.mode) = (granted.source, granted.mode);
         }
-        count_fault("net", "network devices", own.net.len(), granted.net.len(), faults);
         for (net, granted) in own.net.iter_mut().zip(granted.net) {
             net.backend = granted.backend;
         }
-        match (&mut own.vsock, granted.vsock) {
-            (Some(vsock), Some(granted)) => *vsock = granted,
-            (None, Some(_)) => faults.push(ConfigFault::new("vsock", "the snapshot has no such device")),
-            (_, None) => {}
+        if let (Some(vsock), Some(granted)) = (&mut own.vsock, granted.vsock) {
+            *vsock = granted;
         }
         config.units = grants.units;
         config
-    }
-}
-
-fn count_fault(field: &str, what: &str, own: usize, granted: usize, faults: &mut Vec<ConfigFault>) {
-    if own != granted {
-        let problem = format!("the snapshot has {own} {what}, and {granted} were granted");
-        faults.push(ConfigFault::new(field, problem));
     }
 }
 
