@@ -201,8 +201,10 @@ mod tests {
     }
 
     fn config(vps: u32) -> MachineConfig {
+        let mut script = Script::new();
+        script.spin();
         let mut kernel = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).expect("a memfd"));
-        kernel.write_all(&Script::new().to_elf()).expect("written");
+        kernel.write_all(&script.to_elf()).expect("written");
         MachineConfig::new(vps, 4 << 20, BootFiles { kernel, initrd: None, cmdline: String::new() })
     }
 
