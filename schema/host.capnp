@@ -53,6 +53,8 @@ struct HostInfo {
   hypervisor @3 :Text;
   warm @4 :UInt32;
   # How many VMMs are ready for guests to come. None of them has a guest.
+  prepared @5 :UInt32;
+  # How many of them have memory, partition and VPs ready for a guest like one of the last.
 }
 
 interface GuestManager {

@@ -121,6 +121,8 @@ pub struct HostInfo {
     pub hypervisor: String,
     /// How many VMMs it has ready for guests to come.
     pub warm: u32,
+    /// How many of them have memory, partition and VPs ready for a guest like one of the last.
+    pub prepared: u32,
 }
 
 impl Host {
@@ -295,6 +297,7 @@ impl HostInfo {
             guests: reader.get_guests(),
             hypervisor: text(reader.get_hypervisor()?),
             warm: reader.get_warm(),
+            prepared: reader.get_prepared(),
         })
     }
 }

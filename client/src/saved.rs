@@ -3,8 +3,7 @@
 use crate::{ClientError, Snapshot};
 use guest_schema::SnapshotInfo;
 use guest_snapshot_file::{
-    MemoryMade, SavedFile, SnapshotEncoder, SnapshotFile, SnapshotSource, SparseOutput, WriteError,
-    is_snapshot_file, write,
+    MemoryMade, SavedFile, SnapshotEncoder, SnapshotFile, SnapshotSource, WriteError, is_snapshot_file,
 };
 use std::fs::File;
 use std::io;
@@ -79,7 +78,7 @@ fn save(
         None => SnapshotEncoder::whole(source)?,
     };
     let saved = SavedFile::create(path).map_err(SaveError::File)?;
-    write(&mut encoder, &mut SparseOutput::new(saved.file()), progress)?;
+    saved.write(&mut encoder, progress)?;
     saved.commit().map_err(SaveError::File)?;
     let memory = encoder.memory().expect("it was written");
     Ok(SavedSnapshot { info: source.info.clone(), bytes: encoder.at(), memory })

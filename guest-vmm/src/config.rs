@@ -7,15 +7,18 @@ use crate::{client_units, devices};
 use capnp::Error;
 use guest_schema::config_capnp::guest_config;
 use guest_schema::{
-    ConfigFault, Failure, FileSource, GuestConfig, GuestError, OnReset, ReadConfig, VpAffinity,
+    ConfigFault, Failure, FileSource, GuestConfig, GuestError, GuestShape, MemoryConfig, OnReset, ReadConfig,
+    VpAffinity,
 };
 use guest_transport::Descriptors;
+use machine::MachineShape;
 use machine::layout::COMMAND_LINE;
-use machine::memory::{MINIMUM_BYTES, MemoryImage};
-use processor::{CpuidMask, HostCpus};
+use machine::memory::{MINIMUM_BYTES, MemoryImage, MemoryOptions};
+use processor::{CpuidMask, HostCpus, TimePolicy};
 use rustix::fs::FileType;
 use state_unit::SavedStateUnit;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 /// The longest command line, in bytes, without the NUL behind it.
@@ -163,14 +166,17 @@ pub(crate) fn regular_file(descriptors: &Descriptors, number: u64) -> Result<Own
     }
 }
 
-/// The host's CPUs of each VP, as far as the config names any.
-pub(crate) fn vp_cpus(config: &GuestConfig) -> Vec<Option<HostCpus>> {
+/// The host's CPUs of each VP, if the config names any.
+fn vp_cpus(config: &GuestConfig) -> Vec<Option<HostCpus>> {
+    if config.affinity == VpAffinity::Any {
+        return Vec::new();
+    }
     let cpus = |vp| Some(config.affinity.of_vp(vp)?.iter().copied().collect());
     (0..config.cpus as usize).map(cpus).collect()
 }
 
 /// The masks as processors have them.
-pub(crate) fn cpuid_masks(masks: &[guest_schema::CpuidMask]) -> Vec<CpuidMask> {
+fn cpuid_masks(masks: &[guest_schema::CpuidMask]) -> Vec<CpuidMask> {
     let convert = |&guest_schema::CpuidMask { leaf, subleaf, eax, ebx, ecx, edx }| CpuidMask {
         function: leaf,
         index: subleaf,
@@ -180,6 +186,34 @@ pub(crate) fn cpuid_masks(masks: &[guest_schema::CpuidMask]) -> Vec<CpuidMask> {
         edx,
     };
     masks.iter().map(convert).collect()
+}
+
+/// What a machine of this shape begins with.
+pub(crate) fn machine_shape(shape: &GuestShape) -> MachineShape {
+    let GuestShape { vps, memory_bytes, hotplug, cpuid_mask, catch_up_time } = shape;
+    MachineShape {
+        cpuid_mask: cpuid_masks(cpuid_mask),
+        time: time_policy(*catch_up_time),
+        hotplug: hotplug.clone(),
+        ..MachineShape::new(*vps, *memory_bytes)
+    }
+}
+
+/// The same with what only one guest has: its own CPUs, and memory that is there at once.
+pub(crate) fn requested_shape(config: &GuestConfig, hotplug: Option<Range<u64>>) -> MachineShape {
+    let MemoryConfig { bytes, huge_pages, prefault, lock } = config.memory;
+    MachineShape {
+        affinity: vp_cpus(config),
+        cpuid_mask: cpuid_masks(&config.cpuid_mask),
+        time: time_policy(config.catch_up_time),
+        memory: MemoryOptions { huge_pages, prefault, lock },
+        hotplug,
+        ..MachineShape::new(config.cpus, bytes)
+    }
+}
+
+fn time_policy(catch_up: bool) -> TimePolicy {
+    if catch_up { TimePolicy::CatchUp } else { TimePolicy::Hidden }
 }
 
 /// What of the guest itself cannot be.
@@ -316,9 +350,23 @@ pub(crate) mod tests {
     fn each_vp_gets_its_own_cpus() {
         let cpus = |affinity| vp_cpus(&GuestConfig { cpus: 3, affinity, ..config() });
         let one = |cpu| Some(HostCpus::from_iter([cpu]));
-        assert_eq!(cpus(VpAffinity::Any), [None, None, None]);
+        assert_eq!(cpus(VpAffinity::Any), []);
         assert_eq!(cpus(VpAffinity::All([1].into())), [one(1), one(1), one(1)]);
         assert_eq!(cpus(VpAffinity::Each(vec![[1].into(), BTreeSet::new()])), [one(1), None, None]);
+    }
+
+    #[test]
+    fn what_is_made_ahead_for_a_shape_is_what_its_guest_asks_for() {
+        let mask = guest_schema::CpuidMask { leaf: 7, subleaf: Some(0), ebx: 1, ..Default::default() };
+        let configs = [
+            config(),
+            GuestConfig { cpus: 3, cpuid_mask: vec![mask], catch_up_time: true, ..config() },
+            GuestConfig { memory: MemoryConfig::of_bytes(5 << 30), ..config() },
+        ];
+        for (config, hotplug) in configs.iter().zip([None, Some(6 << 30..7 << 30), None]) {
+            let shape = GuestShape::of(config, hotplug.clone()).expect("ordinary");
+            assert_eq!(machine_shape(&shape), requested_shape(config, hotplug));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! the VM and gives it back. Halts of the guest outrank commands.
 
 use crate::admission::{Phase, Refusal, Request, Verdict, admit};
-use crate::config::RequestedGuest;
+use crate::config::{RequestedGuest, machine_shape};
 use crate::guest::{Guest, Milestone};
 use crate::log::LogFilter;
 use crate::platform::{Host, Platform};
@@ -13,7 +13,7 @@ use crate::snapshot::TakenSnapshot;
 use crate::vm::{Cancel, Vm, cancelled};
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
-use guest_schema::{Exit, Failure, GuestError, OnReset, Outcome, UnitConfig};
+use guest_schema::{Exit, Failure, GuestError, GuestShape, OnReset, Outcome, UnitConfig, chain};
 use processor::{VpHaltReason, VpIndex};
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -90,6 +90,7 @@ struct Asked {
 pub(crate) struct DriverHandle {
     commands: mpsc::UnboundedSender<Asked>,
     current: Rc<RefCell<Option<Rc<Guest>>>>,
+    host: Rc<Host>,
 }
 
 impl DriverHandle {
@@ -125,6 +126,12 @@ impl DriverHandle {
         // A driver that has ended drops the command, and with it the reply.
         let _ = self.commands.send(Asked { command: command(reply), of });
         async move { answered.await.unwrap_or_else(|_| Err(lease_ended())) }
+    }
+
+    /// Makes ahead what the first guest needs, if it is of this shape.
+    pub async fn prepare(&self, shape: &GuestShape) -> Result<(), Failure> {
+        let prepared = self.host.prepare(machine_shape(shape)).await;
+        prepared.map_err(|error| Failure::new(GuestError::GuestInitializationFailure, chain(&error)))
     }
 
     /// The guest of the last create, whatever has become of it.
@@ -168,7 +175,7 @@ enum Done {
     Resumed(Vm, Result<(), Failure>),
     UnitStarted(Vm, Result<(), Failure>),
     Reset { vm: Vm, running: bool, result: Result<(), Failure> },
-    Snapshot { vm: Vm, before: Phase, reply: Reply<TakenSnapshot>, result: Result<TakenSnapshot, Failure> },
+    Snapshot { vm: Vm, reply: Reply<TakenSnapshot>, result: Result<TakenSnapshot, Failure> },
     Destroyed(Result<(), Failure>),
 }
 
@@ -208,9 +215,10 @@ impl Driver {
     ) -> (Self, DriverHandle) {
         let (sender, commands) = mpsc::unbounded_channel();
         let current = Rc::new(RefCell::new(None));
-        let handle = DriverHandle { commands: sender, current: current.clone() };
+        let host = Rc::new(Host::new(platform));
+        let handle = DriverHandle { commands: sender, current: current.clone(), host: host.clone() };
         let driver = Self {
-            host: Rc::new(Host::new(platform)),
+            host,
             log,
             commands,
             current,
@@ -396,10 +404,9 @@ impl Driver {
                 self.reset();
             }
             Command::Snapshot(reply) => {
-                let before = self.phase;
                 self.change(|vm| async move {
                     let result = vm.snapshot().await;
-                    Done::Snapshot { vm, before, reply, result }
+                    Done::Snapshot { vm, reply, result }
                 });
             }
             Command::AddUnit(unit, reply) => self.add_unit(*unit, reply),
@@ -545,8 +552,12 @@ impl Driver {
                 self.changed(vm, phase, result);
             }
             Done::Reset { vm, running, result } => self.reset_done(vm, running, result),
-            Done::Snapshot { vm, before, reply, result } => {
-                let phase = if vm.is_faulted() { Phase::Faulted } else { before };
+            Done::Snapshot { vm, reply, result } => {
+                let phase = match (vm.is_faulted(), vm.is_running()) {
+                    (true, _) => Phase::Faulted,
+                    (false, true) => Phase::Running,
+                    (false, false) => Phase::Paused,
+                };
                 self.changed(vm, phase, Ok(()));
                 answer(reply, result);
             }
@@ -587,10 +598,10 @@ impl Driver {
                 self.phase = Phase::Created;
                 self.failed_create = None;
                 self.generation += 1;
-                let guest = vm.guest().clone();
+                let (guest, shape) = (vm.guest().clone(), vm.shape().cloned());
                 self.current.replace(Some(guest));
                 self.vm = Some(vm);
-                self.tell(Milestone::Created { generation: self.generation });
+                self.tell(Milestone::Created { generation: self.generation, shape });
                 Ok(())
             }
             Ok(vm) => {

@@ -8,7 +8,9 @@ use crate::ports::{GuestOutputs, GuestPort, PortInput};
 use crate::settings::Settings;
 use crate::shown;
 use ::devices::SerialInput;
-use guest_schema::{Exit, Failure, GuestError, GuestState, OnReset, Phase, Transition, UnitStatus, chain};
+use guest_schema::{
+    Exit, Failure, GuestError, GuestShape, GuestState, OnReset, Phase, Transition, UnitStatus, chain,
+};
 use inspect::{Inspection, Node, Request, Update, UpdateError, View};
 use machine::{CoreDump, DumpError, MachineView};
 use std::cell::{Cell, RefCell};
@@ -39,7 +41,7 @@ const PANICS: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub(crate) enum Milestone {
     /// The generation-th guest was created.
-    Created { generation: u64 },
+    Created { generation: u64, shape: Option<GuestShape> },
     /// It has ended.
     Terminated { generation: u64, exit: Exit },
 }

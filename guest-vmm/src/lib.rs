@@ -4,7 +4,8 @@
 //! the same, launched by guestd. Whoever holds the other end of the lease's channel owns the guest: it lives no longer than that.
 //!
 //! Parts: [`driver`](self) makes every transition; `admission` says what may be asked when; `vm` is the machine with the guest in
-//! it; `guest` what holders of a capability see, `settings` and `log` what its operator may change; `rpc` the capabilities; `config` and `files` what comes in; `snapshot` and `saved` what a guest goes on from.
+//! it; `guest` what holders of a capability see, `settings` and `log` what its operator may change; `rpc` the capabilities; `config` and
+//! `files` what comes in; `snapshot` and `saved` what a guest goes on from; `rehearsal` what makes the first guest as quick as those after it.
 
 mod admission;
 mod client_units;
@@ -19,6 +20,7 @@ mod output;
 mod panics;
 mod platform;
 mod ports;
+mod rehearsal;
 mod rpc;
 mod saved;
 mod settings;
@@ -187,9 +189,12 @@ async fn end(driver: &DriverHandle, driving: tokio::task::JoinHandle<()>) {
 async fn tell(watcher: vmm_watcher::Client, mut milestones: mpsc::UnboundedReceiver<Milestone>) {
     while let Some(milestone) = milestones.recv().await {
         let told = match milestone {
-            Milestone::Created { generation } => {
+            Milestone::Created { generation, shape } => {
                 let mut request = watcher.created_request();
                 request.get().set_generation(generation);
+                if let Some(shape) = shape {
+                    shape.write(request.get().init_shape());
+                }
                 request.send().promise.await.map(drop)
             }
             Milestone::Terminated { generation, exit } => {

@@ -1,7 +1,7 @@
 //! The VM as the driver has it: made from a config, moved between its states, taken down.
 
 use crate::client_units::ClientUnits;
-use crate::config::{HostLimits, RequestedGuest, cpuid_masks, vp_cpus};
+use crate::config::{HostLimits, RequestedGuest, requested_shape};
 use crate::devices::{self, RequestedDevices};
 use crate::files;
 use crate::guest::{Guest, Told};
@@ -10,12 +10,12 @@ use crate::platform::Host;
 use crate::ports::GuestPort;
 use crate::settings::Settings;
 use crate::snapshot::{Origin, TakenSnapshot};
-use guest_schema::{Failure, GuestError, UnitConfig, chain};
-use machine::memory::MemoryOptions;
+use guest_schema::{Failure, GuestError, GuestShape, UnitConfig, chain};
 use machine::{BootFiles, Halt, Machine, MachineConfig, MachineError, SnapshotError, VPS, host_memory_bytes};
-use processor::{HostCpus, TimePolicy, VpHaltReason, VpIndex};
+use processor::{HostCpus, VpHaltReason, VpIndex};
 use state_unit::{SavedStateUnit, StateTransitionError};
 use std::error::Error;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +58,7 @@ pub(crate) struct Vm {
     halts: mpsc::UnboundedReceiver<Halt>,
     guest: Rc<Guest>,
     origin: Origin,
+    shape: Option<GuestShape>,
 }
 
 impl Vm {
@@ -88,13 +89,16 @@ impl Vm {
         let restored = requested.restored.take();
         let guest_config = requested.config.clone();
         let config = tokio::select! {
-            config = machine_config(requested, &told) => MachineConfig { devices: specs, hotplug, ..config? },
+            config = machine_config(requested, hotplug.clone(), &told) => {
+                MachineConfig { devices: specs, ..config? }
+            }
             () = cancel.cancelled() => return Err(cancelled()),
         };
         let BootFiles { kernel, initrd, .. } = &config.boot;
-        let origin = Origin::new(guest_config, kernel, initrd.as_ref());
+        let origin = Origin::new(guest_config.clone(), kernel, initrd.as_ref());
         let origin = origin.map_err(|error| initialization(&error))?;
         let (states, image) = restored.map(|restored| (restored.units, restored.image)).unzip();
+        let shape = GuestShape::of(&guest_config, hotplug);
         let config = MachineConfig { image, ..config };
         let (sender, halts) = mpsc::unbounded_channel();
         let flag = cancel.clone();
@@ -112,7 +116,12 @@ impl Vm {
         spawn_local(async move { telling.tell_of_panics().await });
         let events = guest.events().clone();
         spawn_local(async move { events.device_errors(errors).await });
-        Ok(Self { machine, client_units, halts, guest, origin })
+        Ok(Self { machine, client_units, halts, guest, origin, shape })
+    }
+
+    /// What another guest of its kind needs, if that can be made ahead.
+    pub fn shape(&self) -> Option<&GuestShape> {
+        self.shape.as_ref()
     }
 
     pub fn guest(&self) -> &Rc<Guest> {
@@ -147,7 +156,7 @@ impl Vm {
         told(&self.guest, "resume", async { self.machine.start().await.map_err(failed) }).await
     }
 
-    /// Takes a snapshot. The guest goes on if it runs, also if there is none.
+    /// Takes a snapshot. The guest goes on if it runs, also if there is none. One that cannot go on is left paused.
     pub async fn snapshot(&self) -> Result<TakenSnapshot, Failure> {
         let failed = |error: SnapshotError| snapshot_failure(&error, self.is_faulted());
         told(&self.guest, "snapshot", async {
@@ -195,6 +204,10 @@ impl Vm {
         self.guest.was_reset();
     }
 
+    pub fn is_running(&self) -> bool {
+        self.machine.is_running()
+    }
+
     pub fn is_faulted(&self) -> bool {
         self.machine.is_faulted()
     }
@@ -208,7 +221,7 @@ impl Vm {
     }
 
     pub async fn destroy(self) {
-        let Self { machine, client_units, halts: _, guest: _, origin: _ } = self;
+        let Self { machine, client_units, halts: _, guest: _, origin: _, shape: _ } = self;
         drop(client_units);
         machine.destroy().await;
     }
@@ -259,7 +272,11 @@ async fn told<T>(
 }
 
 /// A machine without virtio devices.
-async fn machine_config(requested: RequestedGuest, told: &Told) -> Result<MachineConfig, Failure> {
+async fn machine_config(
+    requested: RequestedGuest,
+    hotplug: Option<Range<u64>>,
+    told: &Told,
+) -> Result<MachineConfig, Failure> {
     let RequestedGuest { config, kernel, ramdisk, .. } = requested;
     let limit = config.memory.bytes;
     let kernel = kernel.ok_or_else(|| Failure::new(GuestError::InternalError, "a kernel was checked for"))?;
@@ -272,17 +289,7 @@ async fn machine_config(requested: RequestedGuest, told: &Told) -> Result<Machin
         None => None,
     };
     Ok(MachineConfig {
-        vps: config.cpus,
-        affinity: vp_cpus(&config),
-        cpuid_mask: cpuid_masks(&config.cpuid_mask),
-        time: if config.catch_up_time { TimePolicy::CatchUp } else { TimePolicy::Hidden },
-        memory_bytes: config.memory.bytes,
-        memory: MemoryOptions {
-            huge_pages: config.memory.huge_pages,
-            prefault: config.memory.prefault,
-            lock: config.memory.lock,
-        },
-        hotplug: None,
+        shape: requested_shape(&config, hotplug),
         image: None,
         devices: Vec::new(),
         boot: BootFiles { kernel, initrd, cmdline: config.cmdline },

@@ -365,7 +365,7 @@ fn write_affinity(affinity: &VpAffinity, mut builder: wire::guest_config::affini
     }
 }
 
-fn read_cpuid_mask(
+pub(crate) fn read_cpuid_mask(
     reader: capnp::struct_list::Reader<'_, wire::cpuid_mask::Owned>,
     faults: &mut Vec<ConfigFault>,
 ) -> Vec<CpuidMask> {
@@ -391,7 +391,7 @@ fn read_cpuid_mask(
     reader.iter().enumerate().map(&mut read).collect()
 }
 
-fn write_cpuid_mask(
+pub(crate) fn write_cpuid_mask(
     masks: &[CpuidMask],
     mut builder: capnp::struct_list::Builder<'_, wire::cpuid_mask::Owned>,
 ) {

@@ -18,6 +18,7 @@ mod snapshot;
 mod state;
 mod timeline;
 mod units;
+mod vmm;
 mod vsock;
 
 pub use block::{
@@ -42,6 +43,7 @@ pub use timeline::{
     DeviceError, Event, EventKind, PanicReport, StepOutcome, Transition, TransitionEnd, UnitStep,
 };
 pub use units::{LossPolicy, SavedStateKind, UnitConfig};
+pub use vmm::GuestShape;
 pub use vsock::VsockConfig;
 
 /// The version of the protocol that this schema describes, as `HostInfo.protocol` tells it.

@@ -1,7 +1,8 @@
 //! Writing a snapshot's file to a client's output.
 //!
 //! The file is made on the blocking pool, a piece at a time, and no thread waits for the client: what has been made and is not answered
-//! yet is bounded, and nothing more is made until the output has answered. Whoever can take descriptors writes the file itself.
+//! yet is bounded for each client, and nothing more is made until the output has answered. Whoever can take descriptors writes the file
+//! itself.
 
 use capnp::capability::{Promise, Response};
 use capnp::traits::HasTypeId;
@@ -10,6 +11,8 @@ use futures::stream::FuturesOrdered;
 use guest_schema::common_capnp::output_sink;
 use guest_schema::{Failure, GuestError, chain};
 use guest_snapshot_file::{Output, Piece, SnapshotEncoder, SnapshotSource, StreamOutput, WriteError};
+use std::rc::Rc;
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 /// How many bytes are made at once, about.
@@ -21,14 +24,34 @@ const CALL: usize = 128 << 10;
 /// How many calls may be unanswered.
 const UNANSWERED: usize = 8;
 
+/// How many exports of one client go on at once. What is unanswered of all of them stays well below what cuts its connection.
+const AT_ONCE: usize = 2;
+
+/// The exports of one client's, who waits for its own.
+#[derive(Clone)]
+pub(crate) struct Exports(Rc<Semaphore>);
+
+impl Default for Exports {
+    fn default() -> Self {
+        Self(Rc::new(Semaphore::new(AT_ONCE)))
+    }
+}
+
+impl Exports {
+    /// Writes the file of this snapshot, once it is its turn. Answers once the output has answered all of it.
+    ///
+    /// # Errors
+    /// `failedServiceConnect` if the output fails, `internalError` if the snapshot cannot be read.
+    pub async fn export(&self, source: SnapshotSource, output: &output_sink::Client) -> Result<(), Failure> {
+        let _turn = self.0.acquire().await.expect("it is never closed");
+        export(source, output).await
+    }
+}
+
 /// The method `write`, by its ordinal.
 const WRITE: u16 = 0;
 
-/// Writes the file of this snapshot. Answers once the output has answered all of it.
-///
-/// # Errors
-/// `failedServiceConnect` if the output fails, `internalError` if the snapshot cannot be read.
-pub(crate) async fn export(source: SnapshotSource, output: &output_sink::Client) -> Result<(), Failure> {
+async fn export(source: SnapshotSource, output: &output_sink::Client) -> Result<(), Failure> {
     let mut pieces =
         blocking(move || Ok(Chunks { encoder: SnapshotEncoder::whole(&source)?, zeros: 0 })).await?;
     let mut answers = FuturesOrdered::new();

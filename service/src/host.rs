@@ -1,6 +1,7 @@
 //! The bootstrap capability of a connection to the service.
 
 use crate::Service;
+use crate::export::Exports;
 use crate::launch::Guest;
 use crate::launcher::{Launcher, Snapshot, exit_of};
 use futures::future::join_all;
@@ -20,13 +21,14 @@ pub(crate) struct Host {
     descriptors: Descriptors,
     uid: u32,
     launcher: Launcher,
+    exports: Exports,
 }
 
 impl Host {
     pub fn new(service: Rc<Service>, descriptors: Descriptors, uid: u32) -> Self {
         let (passed, new) = (Some(descriptors.clone()), None);
         let launcher = Launcher { service: service.clone(), descriptors: passed, uid, snapshot: new };
-        Self { service, descriptors, uid, launcher }
+        Self { service, descriptors, uid, launcher, exports: Exports::default() }
     }
 }
 
@@ -127,6 +129,7 @@ impl guest_host::Server for Host {
         info.set_protocol(PROTOCOL);
         info.set_guests(u32::try_from(self.service.guests.count()).unwrap_or(u32::MAX));
         info.set_warm(u32::try_from(self.service.pool.ready()).unwrap_or(u32::MAX));
+        info.set_prepared(u32::try_from(self.service.pool.prepared()).unwrap_or(u32::MAX));
         info.set_hypervisor(&self.service.config.hypervisor[..]);
         Ok(())
     }
@@ -141,7 +144,7 @@ impl guest_host::Server for Host {
         match found {
             Ok(kept) => {
                 let (service, passed) = (self.service.clone(), Some(self.descriptors.clone()));
-                let snapshot = Snapshot::new(service, passed, self.uid, kept);
+                let snapshot = Snapshot::new(service, passed, self.uid, kept, self.exports.clone());
                 results.set_snapshot(capnp_rpc::new_client(snapshot));
             }
             Err(failure) => {

@@ -2,6 +2,7 @@
 
 use crate::Service;
 use crate::exit::Ending;
+use crate::export::Exports;
 use crate::process::Process;
 use crate::snapshots::{Duplicates, Kept};
 use crate::watcher::Watcher;
@@ -79,9 +80,9 @@ pub(crate) fn launch(service: &Rc<Service>, order: Order) -> Result<Rc<Guest>, F
     let parts = snapshot.as_ref().map(|kept| kept.duplicate()).transpose();
     let cannot = |error| service.program.failed("the snapshot cannot be handed over", &error);
     let parts = parts.map_err(cannot)?;
-    let ready = service.pool.take();
-    let warm = ready.is_some();
-    let process = ready.map_or_else(|| service.program.start(), Ok)?;
+    let ready = service.pool.take(snapshot.as_ref().map(|kept| &kept.info));
+    let (warm, prepared) = (ready.is_some(), ready.as_ref().is_some_and(|ready| ready.is_prepared));
+    let process = ready.map_or_else(|| service.program.start(), |ready| Ok(ready.process))?;
     process.belongs_to(&id);
     let guest = Rc::new(Guest {
         id,
@@ -100,6 +101,7 @@ pub(crate) fn launch(service: &Rc<Service>, order: Order) -> Result<Rc<Guest>, F
         guest: guest.id.clone(),
         uid,
         ending: guest.ending.clone(),
+        exports: Exports::default(),
     };
     let attached = attach(&guest.process, lease, watcher, parts);
     let watched = guest.clone();
@@ -110,7 +112,7 @@ pub(crate) fn launch(service: &Rc<Service>, order: Order) -> Result<Rc<Guest>, F
         }
     });
     spawn_local(guest.clone().tell_end());
-    tracing::info!(guest = guest.id, pid = guest.pid, proxied, warm, "launched");
+    tracing::info!(guest = guest.id, pid = guest.pid, proxied, warm, prepared, "launched");
     Ok(guest)
 }
 

@@ -1,7 +1,7 @@
 //! Launches for one client, of new guests and of those that go on from a snapshot; and `Snapshot`, which does nothing else.
 
 use crate::Service;
-use crate::export::export;
+use crate::export::Exports;
 use crate::launch::{Guest, Order};
 use crate::proxy::ProxiedLifecycle;
 use crate::snapshots::Kept;
@@ -68,13 +68,20 @@ pub(crate) fn exit_of(guest: &Guest) -> guest_exit::Client {
 pub(crate) struct Snapshot {
     kept: Rc<Kept>,
     launcher: Launcher,
+    exports: Exports,
 }
 
 impl Snapshot {
-    /// For a client of this user.
-    pub fn new(service: Rc<Service>, descriptors: Option<Descriptors>, uid: u32, kept: Rc<Kept>) -> Self {
+    /// For a client of this user, whose exports are these.
+    pub fn new(
+        service: Rc<Service>,
+        descriptors: Option<Descriptors>,
+        uid: u32,
+        kept: Rc<Kept>,
+        exports: Exports,
+    ) -> Self {
         let launcher = Launcher { service, descriptors, uid, snapshot: Some(kept.clone()) };
-        Self { kept, launcher }
+        Self { kept, launcher, exports }
     }
 }
 
@@ -135,7 +142,7 @@ impl snapshot::Server for Snapshot {
         mut results: snapshot::ExportResults,
     ) -> capnp::Result<()> {
         let output = params.get()?.get_output()?;
-        let exported = export(self.kept.source(), &output).await;
+        let exported = self.exports.export(self.kept.source(), &output).await;
         Failure::write_result(&exported, results.get().init_result());
         Ok(())
     }

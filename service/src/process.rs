@@ -4,7 +4,7 @@ use crate::log::{Label, follow_log};
 use crate::{ServiceConfig, ServiceError};
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use guest_schema::vmm_capnp::vmm;
-use guest_schema::{Failure, GuestError};
+use guest_schema::{Failure, GuestError, GuestShape};
 use guest_transport::{Connection, Descriptors, Limits};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use std::cell::Cell;
@@ -132,6 +132,18 @@ impl Process {
             _ = self.ended() => false,
             answer = answer => answer.is_ok(),
         }
+    }
+
+    /// Has it make memory, partition and VPs for a guest of this shape ahead; resolves once they are there.
+    ///
+    /// # Errors
+    /// What the VMM says, or why it does not: for logs.
+    pub async fn prepare(&self, shape: &GuestShape) -> Result<(), String> {
+        let mut request = self.vmm.prepare_request();
+        shape.write(request.get().init_shape());
+        let answer = request.send().promise.await.map_err(|error| error.to_string())?;
+        let result = answer.get().and_then(|results| results.get_result()).and_then(Failure::read_result);
+        result.map_err(|error| error.to_string())?.map_err(|failure| failure.chain())
     }
 
     /// Whether it has not ended yet, whoever knows of it. One that is killed at this moment may still run.

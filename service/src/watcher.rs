@@ -2,12 +2,16 @@
 
 use crate::Service;
 use crate::exit::Ending;
+use crate::export::Exports;
 use crate::launcher::Snapshot;
 use crate::snapshots::Kept;
 use guest_schema::vmm_capnp::{snapshot_parts, vmm_watcher};
-use guest_schema::{Exit, Failure, GuestError};
+use guest_schema::{Exit, Failure, GuestError, GuestShape};
 use guest_transport::{Descriptors, broken};
 use std::rc::Rc;
+
+/// The largest shape that is kept, in words of 8 bytes: more than a config may have.
+const MAX_SHAPE_WORDS: u64 = 8 << 10;
 
 /// Watches one VMM, for the guest that it was launched for.
 pub(crate) struct Watcher {
@@ -17,6 +21,8 @@ pub(crate) struct Watcher {
     pub guest: String,
     pub uid: u32,
     pub ending: Ending,
+    /// Those that go through the VMM.
+    pub exports: Exports,
 }
 
 impl Watcher {
@@ -34,7 +40,14 @@ impl vmm_watcher::Server for Watcher {
         params: vmm_watcher::CreatedParams,
         _: vmm_watcher::CreatedResults,
     ) -> capnp::Result<()> {
-        self.ending.created(params.get()?.get_generation());
+        let params = params.get()?;
+        self.ending.created(params.get_generation());
+        if params.has_shape() {
+            let shape = params.get_shape()?;
+            if shape.total_size()?.word_count <= MAX_SHAPE_WORDS {
+                self.service.pool.asked_for(GuestShape::read(shape)?);
+            }
+        }
         Ok(())
     }
 
@@ -60,7 +73,8 @@ impl vmm_watcher::Server for Watcher {
                 tracing::debug!(guest = self.guest, bytes = kept.info.memory_bytes, "a snapshot is kept");
                 results.set_token(&kept.token);
                 // Whoever calls it comes through the VMM, whose descriptors are not theirs.
-                let snapshot = Snapshot::new(self.service.clone(), None, self.uid, kept);
+                let snapshot =
+                    Snapshot::new(self.service.clone(), None, self.uid, kept, self.exports.clone());
                 results.set_snapshot(capnp_rpc::new_client(snapshot));
             }
             Err(failure) => {

@@ -32,6 +32,25 @@ pub fn holds(pid: u32, path: &str) -> io::Result<bool> {
     Ok(files.any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(path))))
 }
 
+/// The number of memfds that process `pid` holds open: files without a name on any disk.
+///
+/// # Errors
+/// As [`threads`].
+pub fn memfds(pid: u32) -> io::Result<usize> {
+    let files = fs::read_dir(file(pid, "fd"))?.filter_map(Result::ok);
+    let memfd = |target: PathBuf| target.to_str().is_some_and(|target| target.starts_with("/memfd:"));
+    Ok(files.filter(|entry| fs::read_link(entry.path()).is_ok_and(memfd)).count())
+}
+
+/// How often process `pid` has mapped the memfd of this name.
+///
+/// # Errors
+/// As [`threads`].
+pub fn mappings(pid: u32, memfd: &str) -> io::Result<usize> {
+    let maps = fs::read_to_string(file(pid, "maps"))?;
+    Ok(maps.lines().filter(|line| line.contains(&format!("/memfd:{memfd} "))).count())
+}
+
 /// The threads of process `pid` by their names, each with the host's CPUs on which it may run, as the kernel writes them: `0-3,6`.
 /// One that ends meanwhile is left out; of several with one name there is one.
 ///
@@ -56,6 +75,17 @@ pub fn resident_bytes(pid: u32) -> io::Result<u64> {
     let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
     let kib: Option<u64> = kib.and_then(|kib| kib.trim().parse().ok());
     kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("process {pid} has ended")))
+}
+
+/// The bytes of memory of process `pid`, of each page its share (Pss).
+///
+/// # Errors
+/// As [`threads`].
+pub fn proportional_bytes(pid: u32) -> io::Result<u64> {
+    let rollup = fs::read_to_string(file(pid, "smaps_rollup"))?;
+    let kib = rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+    let kib: Option<u64> = kib.and_then(|kib| kib.trim().parse().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("process {pid} has no memory")))
 }
 
 /// Whether process `pid` runs: one that has ended and is only waiting to be reaped does not.

@@ -65,13 +65,13 @@ pub async fn info(host: &Host, json: bool, out: &Out) -> Outcome {
     let text = if json {
         let object = json!({
             "version": info.version, "protocol": info.protocol, "guests": info.guests, "hypervisor": info.hypervisor,
-            "warm": info.warm,
+            "warm": info.warm, "prepared": info.prepared,
         });
         format!("{object}\n")
     } else {
         format!(
-            "guestd      {}\nprotocol    {}\nguests      {}\nhypervisor  {}\nwarm        {}\n",
-            info.version, info.protocol, info.guests, info.hypervisor, info.warm
+            "guestd      {}\nprotocol    {}\nguests      {}\nhypervisor  {}\nwarm        {}\nprepared    {}\n",
+            info.version, info.protocol, info.guests, info.hypervisor, info.warm, info.prepared
         )
     };
     out.write(text.as_bytes())

@@ -1,6 +1,6 @@
 //! guestctl: guests from the command line.
 //!
-//! A module per command or kind of commands (`run`, `fork`, `demo`, `guests`, `look`, `dump`, `debug`), and
+//! A module per command or kind of commands (`run`, `fork`, `demo`, `guests`, `look`, `dump`, `snapshot`, `debug`), and
 //! what they share: `options`, `service` (guestd, or a private one in this
 //! process), `ending` (exit statuses), `out` (the standard output), `signals`.
 
@@ -22,11 +22,13 @@ mod run;
 mod service;
 mod signals;
 mod size;
+mod snapshot;
 
 use clap::{CommandFactory, Parser};
 use ending::{Outcome, Trouble};
 use options::{Command, Options};
 use out::Out;
+use snapshot::Snapshot;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -74,6 +76,10 @@ async fn command(options: &Options, out: &Out) -> Outcome {
         Command::Reset { id } => guests::reset(&service::running(options).await?, id).await,
         Command::Nmi { id } => guests::nmi(&service::running(options).await?, id).await,
         Command::Dump(dump) => dump::dump(&service::running(options).await?, dump).await,
+        Command::Snapshot(Snapshot::Save(save)) => {
+            snapshot::save(&service::running(options).await?, save, out).await
+        }
+        Command::Snapshot(Snapshot::Show(show)) => snapshot::show(show, out),
         Command::Inspect(look) => look::inspect(&service::running(options).await?, look, out).await,
         Command::Update(change) => look::update(&service::running(options).await?, change, out).await,
         Command::Events { id, from, json } => {

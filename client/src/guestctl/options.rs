@@ -3,6 +3,7 @@
 use crate::debug::Gdb;
 use crate::devices::{DeviceOptions, NET};
 use crate::fork::Fork;
+use crate::snapshot::Snapshot;
 use crate::{cpus, duration, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -18,6 +19,7 @@ Examples:
   guestctl run --kernel vmlinuz --initrd initrd --cmdline console=ttyS0 --cpus 2 --memory 1G
   guestctl ps                        the guests of a running guestd
   guestctl fork web --count 3        three more that go on from where `web` is
+  guestctl snapshot save web .       keep `web` as it is now in a file, web.snapshot
   guestctl stop web                  stop the guest whose id begins with `web`
 
 Exit status: 0 success; 1 the guest failed, its kernel panicked, or the request was refused; 2 wrong usage; 3 no KVM or no service; 128 + N after \
@@ -115,6 +117,9 @@ pub enum Command {
     },
     /// Write a guest's registers and memory to an ELF core file, for gdb, crash or drgn
     Dump(Dump),
+    /// Keep guests as they are on disk
+    #[command(subcommand)]
+    Snapshot(Snapshot),
     /// Show what a guest and its machine are made of, and how they are
     Inspect(Look),
     /// Change a value that `inspect` shows, where that is possible, and print it

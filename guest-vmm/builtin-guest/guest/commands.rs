@@ -22,17 +22,26 @@ const DEBUG_EXIT: u16 = 0xf4;
 
 const KIB: usize = 1024;
 const BURST_LINE: usize = 64;
+/// The most of a line that is kept; what follows is dropped.
+const KEPT_BYTES: usize = 64;
 
 /// What the commands share.
 struct Guest<'s> {
     start_info: &'s StartInfo,
     ram: Ram<'s>,
     vps: Vps,
+    /// What the guest was told to keep, and how long that is.
+    kept: ([u8; KEPT_BYTES], usize),
 }
 
 /// Reads and answers commands for ever.
 pub fn interpret(console: &mut Console, start_info: &StartInfo) -> ! {
-    let mut guest = Guest { start_info, ram: Ram::new(start_info), vps: Vps::new() };
+    let mut guest = Guest {
+        start_info,
+        ram: Ram::new(start_info),
+        vps: Vps::new(),
+        kept: ([0; KEPT_BYTES], 0),
+    };
     let mut buffer = [0; LINE_BYTES];
     loop {
         let line = console.read_line(&mut buffer).trim_ascii();
@@ -50,6 +59,7 @@ impl Guest<'_> {
         match name {
             b"help" => help(console),
             b"echo" => print_line(console, "", argument),
+            b"keep" => self.keep(console, argument),
             b"memory" => self.memory(console),
             b"touch" => with_number(console, argument, |console, mib| self.touch(console, mib)),
             b"cmdline" => print_line(console, "", self.start_info.command_line()),
@@ -86,6 +96,16 @@ impl Guest<'_> {
                 console.print("; try help\n");
             }
         }
+    }
+
+    /// Keeps the text, if there is one, and answers what is kept.
+    fn keep(&mut self, console: &mut Console, text: &[u8]) {
+        let (kept, length) = &mut self.kept;
+        if !text.is_empty() {
+            *length = text.len().min(KEPT_BYTES);
+            kept[..*length].copy_from_slice(&text[..*length]);
+        }
+        print_line(console, "kept ", &kept[..*length]);
     }
 
     fn memory(&self, console: &mut Console) {

@@ -5,6 +5,7 @@
 pub const COMMANDS: &[(&str, &str)] = &[
     ("help", "this list"),
     ("echo TEXT", "answers TEXT"),
+    ("keep [TEXT]", "keeps TEXT in memory, 64 bytes at the most, or says what is kept"),
     ("memory", "the sum of the RAM in bytes and the memory map"),
     ("touch MIB", "writes one byte to every page of that much free RAM"),
     ("cmdline", "the command line the guest was started with"),

@@ -19,6 +19,7 @@ use processor::{
     MsiRequest, Partition, PartitionConfig, PartitionError, PartitionStateKind, VpIndex, Vtl,
 };
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
@@ -38,6 +39,8 @@ pub(crate) struct KvmPartition {
     pub(crate) vps: Vec<KickSlot>,
     pub(crate) time: Time,
     routes: Mutex<Routes>,
+    /// Whether any VP has run or was sent anything: all of them may have changed since.
+    touched: AtomicBool,
     _memory: GuestMemoryMmap,
 }
 
@@ -54,7 +57,17 @@ impl KvmPartition {
         let vps = (0..config.vp_count).map(|_| KickSlot::default()).collect();
         let time = Time::new(config.time);
         let cpuid = cpuid::for_guest(&host.cpuid, host.tsc_deadline, &config.cpuid_mask);
-        Ok(Self { vm, host, cpuid, vps, time, routes: Mutex::default(), _memory: config.memory.clone() })
+        let (routes, touched, _memory) = (Mutex::default(), AtomicBool::new(false), config.memory.clone());
+        Ok(Self { vm, host, cpuid, vps, time, routes, touched, _memory })
+    }
+
+    /// Takes note that VPs are no longer as they were made.
+    pub(crate) fn touch(&self) {
+        self.touched.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_touched(&self) -> bool {
+        self.touched.load(Ordering::Acquire)
     }
 
     /// A panic of another thread leaves the table whole: it is only replaced.
@@ -115,6 +128,7 @@ impl Partition for KvmPartition {
 
     /// An interrupt that no local APIC takes is lost, as on hardware, and is no error.
     fn signal_msi(&self, request: MsiRequest) -> Result<(), PartitionError> {
+        self.touch();
         let [low, high] = [request.address, request.address >> 32].map(|part| part & u64::from(u32::MAX));
         let halves = [low, high].map(|half| u32::try_from(half).expect("masked"));
         let msi = kvm_msi {
@@ -144,6 +158,7 @@ impl Partition for KvmPartition {
     }
 
     fn inject_nmi(&self, vp: VpIndex) {
+        self.touch();
         if let Some(slot) = self.vps.get(vp.0 as usize) {
             slot.send_nmi();
         }
@@ -159,6 +174,10 @@ impl Partition for KvmPartition {
 
     fn start_time(&self) -> Result<(), PartitionError> {
         self.time.start(&self.vm, &self.host)
+    }
+
+    fn forget_stopped_time(&self) {
+        self.time.forget_stopped();
     }
 
     fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {

@@ -32,7 +32,7 @@ pub(crate) struct Time {
 struct Stopped {
     host_tsc: u64,
     clock: Clock,
-    /// The clock was set meanwhile: it is another's.
+    /// The clock was set meanwhile, or is to be kept: from when time was stopped none of it is the guest's.
     set: bool,
 }
 
@@ -79,6 +79,13 @@ impl Time {
         *guard = None;
         self.starts.fetch_add(1, Ordering::Release);
         Ok(())
+    }
+
+    /// The guest comes only now: what has passed since time was stopped is none of its.
+    pub(crate) fn forget_stopped(&self) {
+        if let Some(stopped) = &mut *self.stopped() {
+            (stopped.clock.host_time, stopped.set) = (since_1970(), true);
+        }
     }
 
     /// The clock, as it stands or as it runs.

@@ -65,6 +65,7 @@ impl BindProcessor for KvmBinder {
             vp,
             cpuid: leaves,
             initial: VpState::default(),
+            is_pristine: true,
             pending: Pending::Nothing,
             debug: None,
             pace: partition.time.pace(),
@@ -125,6 +126,8 @@ pub struct KvmProcessor {
     pub(crate) cpuid: CpuId,
     /// What a reset comes back to.
     initial: VpState,
+    /// Whether it is in that state still, as far as it is its own doing: nobody has asked for access to its state.
+    is_pristine: bool,
     pending: Pending,
     debug: Option<DebugState>,
     /// How far its time-stamp counter has followed the partition's time.
@@ -316,6 +319,7 @@ impl Processor for KvmProcessor {
     }
 
     async fn run_vp(&mut self, stop: &mut StopVp, io: &impl CpuIo) -> Result<Infallible, VpHaltReason> {
+        self.partition.touch();
         self.follow_time()?;
         run_guest(stop, || self.enter(io)).await
     }
@@ -339,10 +343,15 @@ impl Processor for KvmProcessor {
 
     fn access_state(&mut self, vtl: Vtl) -> Result<KvmState<'_>, NotSupported> {
         vtl.only_vtl0()?;
+        // It may be written.
+        self.is_pristine = false;
         Ok(KvmState::new(self))
     }
 
     fn reset(&mut self) -> Result<(), KvmError> {
+        if self.is_pristine && !self.partition.is_touched() {
+            return Ok(());
+        }
         let initial = self.initial.clone();
         self.put_back(&initial)
     }

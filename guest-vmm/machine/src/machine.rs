@@ -8,26 +8,25 @@ use crate::board::{Board, Listeners, Placed, Window};
 use crate::boot::{BootError, BootFiles, BootImage};
 use crate::bus::{Bus, BusBuilder, BusError};
 use crate::debug::{DebugError, DebugHalt, Debugger, Target};
+use crate::injected::{InjectedFault, InjectedPart, run_injected_unit};
 use crate::layout;
 use crate::loader::LoadedGuest;
-use crate::memory::{GuestMemory, MemoryError, MemoryImage, MemoryOptions, RestoreMemoryError};
-use crate::units::{DevicePart, InjectedFault, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
+use crate::memory::{GuestMemory, MemoryError, MemoryImage, RestoreMemoryError};
+use crate::prepared::{MachineShape, PreparedMachine, VpBindings};
+use crate::units::{DevicePart, MemoryPart, Part, PartUnit, PartitionPart, VpsPart};
 use crate::virtio::{self, PlaceError};
 use crate::vp_set::{Halt, VpActivity, VpSet};
 use devices::virtio::{IoThread, VirtioSpec};
 use devices::{Absent, ByteSink, GenericEventLine, GuestPanic, PanicSink, SerialInput, SerialPort};
 use futures::future::join_all;
 use inspect::{Inspect, Request, Response};
-use processor::{
-    CpuidMask, HostCpus, Hypervisor, NewPartition, Partition, PartitionConfig, PartitionError, SpawnVpError,
-    TimePolicy, VpIndex,
-};
+use processor::{Hypervisor, Partition, PartitionError, SpawnVpError, VpIndex};
 use state_unit::{
-    BuildError as UnitBuildError, SetState, StateTransitionError, StateUnits, StateUnitsInspector,
-    TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
+    BuildError as UnitBuildError, RequestReceiver, SetState, StateTransitionError, StateUnits,
+    StateUnitsInspector, TransitionRecord, UnitBuilder, UnitHandle, UnitSaveSupport, UnitView, run_unit,
 };
 use std::collections::HashMap;
-use std::ops::Range;
+use std::fs::File;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -36,26 +35,16 @@ use tokio::task::{AbortHandle, JoinHandle};
 /// How long the state units' tasks may take to end once their machine is taken down.
 const UNIT_END: Duration = Duration::from_secs(1);
 
+/// The largest kernel that is loaded where nothing may block, in bytes: as much as is pumped at once.
+const QUICK_BYTES: u64 = 64 << 10;
+
 /// The name of the VPs' state unit.
 pub const VPS: &str = "vps";
 
 /// What a machine is made of.
 pub struct MachineConfig {
-    /// How many VPs.
-    pub vps: u32,
-    /// The host's CPUs on which each VP's thread may run, in the order of the VPs; `None`, and none for a VP, for wherever the
-    /// thread may that makes the machine.
-    pub affinity: Vec<Option<HostCpus>>,
-    /// What the VPs are not to see in CPUID.
-    pub cpuid_mask: Vec<CpuidMask>,
-    /// What the guest sees of the time during which it does not run.
-    pub time: TimePolicy,
-    /// How much memory, in bytes.
-    pub memory_bytes: u64,
-    /// Where memory can be plugged later ([`crate::layout::hotplug_region`]), if the guest has a device for that.
-    pub hotplug: Option<Range<u64>>,
-    /// What kind of memory.
-    pub memory: MemoryOptions,
+    /// What its memory, partition and VPs depend on.
+    pub shape: MachineShape,
     /// What it boots, now or after a reset.
     pub boot: BootFiles,
     /// What is in its memory, in place of what it boots: the memory of a guest that goes on here. The machine's units are to be
@@ -75,13 +64,7 @@ impl MachineConfig {
     /// With the defaults of all that is optional.
     pub fn new(vps: u32, memory_bytes: u64, boot: BootFiles) -> Self {
         Self {
-            vps,
-            affinity: Vec::new(),
-            cpuid_mask: Vec::new(),
-            time: TimePolicy::default(),
-            memory_bytes,
-            hotplug: None,
-            memory: MemoryOptions::default(),
+            shape: MachineShape::new(vps, memory_bytes),
             boot,
             image: None,
             panics: Arc::new(|_: GuestPanic| ()),
@@ -89,6 +72,17 @@ impl MachineConfig {
             devices: Vec::new(),
             inject: None,
         }
+    }
+
+    /// Whether a prepared machine becomes one of this config within some dozens of microseconds: it is booted from a small file, or
+    /// goes on from memory that is mapped at once, and has no devices that have to be told to the hypervisor.
+    fn is_quick(&self) -> bool {
+        let is_small = |kernel: &File| kernel.metadata().is_ok_and(|kernel| kernel.len() <= QUICK_BYTES);
+        let contents = match &self.image {
+            Some(image) => image.layer.is_none(),
+            None => self.boot.initrd.is_none() && is_small(&self.boot.kernel),
+        };
+        contents && self.devices.is_empty()
     }
 }
 
@@ -213,16 +207,18 @@ impl Inspect for MachineView {
 }
 
 /// Memory with the guest in it, the partition around it, and the devices beside it.
-struct Foundation<B> {
-    memory: Arc<GuestMemory>,
-    image: BootImage,
-    loaded: Option<LoadedGuest>,
-    partition: NewPartition<B>,
-    board: Board,
-    devices: Vec<Placed>,
-    bus: Bus,
+struct Foundation {
+    // In the order in which they are given back.
+    vps: VpBindings,
     /// Where the workers of virtio devices run, if there are any.
     io: Option<IoThread>,
+    loaded: Option<LoadedGuest>,
+    image: BootImage,
+    bus: Bus,
+    devices: Vec<Placed>,
+    board: Board,
+    partition: Arc<dyn Partition>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Machine {
@@ -231,49 +227,82 @@ impl Machine {
     /// Blocking work is done on the runtime's blocking pool. `cancelled` is asked between the steps.
     pub async fn build<H>(
         hypervisor: H,
-        mut config: MachineConfig,
+        config: MachineConfig,
         output: Arc<dyn ByteSink>,
         halts: mpsc::UnboundedSender<Halt>,
         cancelled: impl Fn() -> bool + Send + 'static,
     ) -> Result<Self, MachineError>
     where
         H: Hypervisor + Send + 'static,
-        H::Binder: Send + 'static,
     {
-        let (inject, vp_count) = (config.inject, config.vps);
-        let affinity = std::mem::take(&mut config.affinity);
-        let lay =
-            tokio::task::spawn_blocking(move || lay_foundation(&hypervisor, config, output, &cancelled));
-        let Foundation { memory, image, loaded, partition, board, devices, bus, io } =
-            lay.await.map_err(|_| MachineError::Panicked)??;
-        let shared = partition.partition.clone();
-        let vps =
-            VpSet::bind(partition, affinity, Arc::new(bus), halts, loaded.as_ref().map(|guest| guest.vp))
-                .await;
+        let inject = config.inject;
+        let lay = move || {
+            let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
+            let image = config.image.as_ref();
+            let prepared = PreparedMachine::begin(&hypervisor, config.shape.clone(), image, &go_on)?;
+            lay_foundation(prepared, config, output)
+        };
+        let foundation = tokio::task::spawn_blocking(lay).await.map_err(|_| MachineError::Panicked)??;
+        Self::on_foundation(foundation, inject, halts).await
+    }
+
+    /// The same of what was made ahead, whose shape has to be the config's. The guest's time begins now. What takes microseconds, as
+    /// long as asking the blocking pool, is done here.
+    pub async fn build_on(
+        prepared: PreparedMachine,
+        config: MachineConfig,
+        output: Arc<dyn ByteSink>,
+        halts: mpsc::UnboundedSender<Halt>,
+    ) -> Result<Self, MachineError> {
+        debug_assert_eq!(prepared.shape, config.shape);
+        let (inject, is_quick) = (config.inject, config.is_quick());
+        prepared.partition.forget_stopped_time();
+        let lay = move || {
+            if let Some(image) = &config.image {
+                prepared.memory.remap(image).map_err(MachineError::Image)?;
+            }
+            lay_foundation(prepared, config, output)
+        };
+        let foundation = match is_quick {
+            true => lay(),
+            false => tokio::task::spawn_blocking(lay).await.map_err(|_| MachineError::Panicked)?,
+        };
+        Self::on_foundation(foundation?, inject, halts).await
+    }
+
+    async fn on_foundation(
+        foundation: Foundation,
+        inject: Option<InjectedFault>,
+        halts: mpsc::UnboundedSender<Halt>,
+    ) -> Result<Self, MachineError> {
+        let Foundation { memory, partition, board, devices, bus, image, loaded, io, vps } = foundation;
+        let initial = loaded.as_ref().map(|guest| guest.vp);
+        let vps = VpSet::serve(vps, Arc::new(bus), halts, initial).await;
         let vps = Arc::new(vps.map_err(MachineError::Vp)?);
         // Time stands until the first start: what is saved before it is the state of one moment.
-        shared.stop_time().map_err(MachineError::Partition)?;
+        partition.stop_time().map_err(MachineError::Partition)?;
         let mut assembly = Assembly::default();
         let image = Arc::new(image);
+        let count = image.vps;
         let memory_part = MemoryPart { memory: memory.clone(), image, loaded, vps: vps.clone() };
         assembly.add("memory", memory_part, &[])?;
-        assembly.add("partition", PartitionPart { partition: shared.clone(), vps: vp_count }, &["memory"])?;
+        assembly.add("partition", PartitionPart { partition: partition.clone(), vps: count }, &["memory"])?;
         assembly.add_devices(&devices, &["partition"])?;
         if let Some(fault) = inject {
-            assembly.add("injected", fault, &["partition"])?;
+            assembly.add_injected(fault, &["partition"])?;
         }
         assembly.add_after_all(VPS, VpsPart(vps.clone()))?;
         let Assembly { units, handles, tasks, places: _ } = assembly;
         let target = Target {
             vps: vps.clone(),
             memory: Arc::downgrade(&memory),
-            capabilities: shared.debug_capabilities(),
+            capabilities: partition.debug_capabilities(),
         };
-        let (partition, units_view) = (Arc::downgrade(&shared), units.inspector());
+        let (shared, units_view) = (Arc::downgrade(&partition), units.inspector());
         let (target, power_button) = (Arc::new(target), board.power_button());
-        let view = Arc::new(MachineView { vps, partition, units: units_view, target, power_button });
+        let view = Arc::new(MachineView { vps, partition: shared, units: units_view, target, power_button });
         let input = SerialInput::new(&board.serial);
-        Ok(Self { units, handles, view, input, tasks, io, partition: shared, memory })
+        Ok(Self { units, handles, view, input, tasks, io, partition, memory })
     }
 
     /// The machine to look at.
@@ -332,6 +361,11 @@ impl Machine {
         self.units.can_save().await
     }
 
+    /// Whether its units run.
+    pub fn is_running(&self) -> bool {
+        self.units.is_running()
+    }
+
     /// Whether a transition failed that could not be undone.
     pub fn is_faulted(&self) -> bool {
         self.units.state() == SetState::Faulted
@@ -361,40 +395,25 @@ impl Machine {
     }
 }
 
-fn lay_foundation<H: Hypervisor>(
-    hypervisor: &H,
+fn lay_foundation(
+    prepared: PreparedMachine,
     config: MachineConfig,
     output: Arc<dyn ByteSink>,
-    cancelled: &dyn Fn() -> bool,
-) -> Result<Foundation<H::Binder>, MachineError> {
-    let go_on = || if cancelled() { Err(MachineError::Cancelled) } else { Ok(()) };
-    let MachineConfig { memory_bytes: bytes, memory: options, hotplug, .. } = config;
-    let memory = match &config.image {
-        None => GuestMemory::with_hotplug(bytes, options, hotplug).map_err(MachineError::Memory)?,
-        Some(image) => GuestMemory::restore(image, bytes, options, hotplug).map_err(MachineError::Image)?,
-    };
-    let memory = Arc::new(memory);
-    go_on()?;
-    let partition_config = PartitionConfig {
-        time: config.time,
-        cpuid_mask: config.cpuid_mask,
-        ..PartitionConfig::new(config.vps, memory.view().clone())
-    };
-    let partition = hypervisor.build(&partition_config).map_err(MachineError::Partition)?;
-    go_on()?;
+) -> Result<Foundation, MachineError> {
+    // What comes last is dropped first, should something fail: no mapping goes away under a partition.
+    let PreparedMachine { shape, memory, partition, vps } = prepared;
     let listeners = Listeners { serial: output, panics: config.panics };
-    let board = Board::new(partition.partition.clone(), listeners, config.debug_exit);
+    let board = Board::new(partition.clone(), listeners, config.debug_exit);
     let mut devices = board.devices(&memory);
-    let io = virtio::add(config.devices, &memory, &*partition.partition, &board.ioapic, &mut devices)?;
+    let io = virtio::add(config.devices, &memory, &*partition, &board.ioapic, &mut devices)?;
     let bus = build_bus(&board, &devices)?;
     let nodes = devices.iter_mut().filter_map(|placed| placed.acpi.take()).collect();
-    let image = BootImage { files: config.boot, vps: config.vps, devices: nodes };
+    let image = BootImage { files: config.boot, vps: shape.vps, devices: nodes };
     let loaded = match config.image {
         None => Some(image.load(&memory).map_err(MachineError::Boot)?),
         Some(_) => None,
     };
-    go_on()?;
-    Ok(Foundation { memory, image, loaded, partition, board, devices, bus, io })
+    Ok(Foundation { vps, io, loaded, image, bus, devices, board, partition, memory })
 }
 
 fn build_bus(board: &Board, devices: &[Placed]) -> Result<Bus, MachineError> {
@@ -425,11 +444,25 @@ struct Assembly {
 
 impl Assembly {
     fn add(&mut self, name: &str, part: impl Part, uses: &[&str]) -> Result<(), MachineError> {
+        self.add_served(name, uses, |requests| async move { drop(run_unit(PartUnit(part), requests).await) })
+    }
+
+    fn add_injected(&mut self, fault: InjectedFault, uses: &[&str]) -> Result<(), MachineError> {
+        self.add_served("injected", uses, |requests| run_injected_unit(InjectedPart::new(fault), requests))
+    }
+
+    /// A unit, and what serves it.
+    fn add_served<F: Future<Output = ()> + Send + 'static>(
+        &mut self,
+        name: &str,
+        uses: &[&str],
+        serve: impl FnOnce(RequestReceiver) -> F,
+    ) -> Result<(), MachineError> {
         let dependencies = uses.iter().map(|name| self.places[*name]);
         let builder =
             dependencies.fold(self.units.add(name), |builder, at| builder.depends_on(&self.handles[at]));
         let (handle, requests) = builder.build().map_err(MachineError::Unit)?;
-        self.tasks.push(tokio::spawn(async move { drop(run_unit(PartUnit(part), requests).await) }));
+        self.tasks.push(tokio::spawn(serve(requests)));
         self.places.insert(name.to_owned(), self.handles.len());
         self.handles.push(handle);
         Ok(())
@@ -461,11 +494,11 @@ mod tests {
     //! The devices' units, saved and restored around a scripted guest: alone, so that another guest finds them.
 
     use super::*;
-    use processor::scripted::{Script, ScriptedBinder, ScriptedHypervisor};
+    use crate::injected::InjectedStep;
+    use processor::scripted::{Script, ScriptedHypervisor};
     use rustix::fs::{MemfdFlags, memfd_create};
     use save_restore::SavedStateBlob;
     use state_unit::SavedStateUnit;
-    use std::fs::File;
     use std::io::Write;
 
     const COM1: u16 = crate::layout::COM1_PORT;
@@ -495,17 +528,20 @@ mod tests {
         MachineConfig::new(1, 4 << 20, boot)
     }
 
+    fn foundation(script: &Script, output: Arc<dyn ByteSink>) -> Foundation {
+        let config = config(script);
+        let hypervisor = ScriptedHypervisor::default();
+        let prepared = PreparedMachine::begin(&hypervisor, config.shape.clone(), None, &|| Ok(()));
+        lay_foundation(prepared.unwrap(), config, output).unwrap()
+    }
+
     impl Bench {
         async fn new(script: &Script) -> Self {
             let (send, output) = mpsc::unbounded_channel();
             let sink: Arc<dyn ByteSink> = Arc::new(move |bytes: &[u8]| drop(send.send(bytes.to_vec())));
-            let foundation = lay_foundation(&ScriptedHypervisor::default(), config(script), sink, &|| false);
-            let Foundation::<ScriptedBinder> { memory, loaded, partition, board, devices, bus, .. } =
-                foundation.unwrap();
+            let Foundation { memory, loaded, vps, board, devices, bus, .. } = foundation(script, sink);
             let (halts, _) = mpsc::unbounded_channel();
-            let vps = VpSet::bind(partition, Vec::new(), Arc::new(bus), halts, loaded.map(|guest| guest.vp))
-                .await
-                .unwrap();
+            let vps = VpSet::serve(vps, Arc::new(bus), halts, loaded.map(|guest| guest.vp)).await.unwrap();
             let mut assembly = Assembly::default();
             assembly.add_devices(&devices, &[]).unwrap();
             let Assembly { units, handles, .. } = assembly;
@@ -624,13 +660,13 @@ mod tests {
     async fn what_cannot_be_saved_says_why_and_the_guest_runs_on() {
         let sink: Arc<dyn ByteSink> = Arc::new(|_: &[u8]| ());
         let (halts, _) = mpsc::unbounded_channel();
-        let config = MachineConfig { inject: Some(InjectedFault::Stop), ..config(&using_devices()) };
+        let inject = Some(InjectedFault::Fails(InjectedStep::CanSave));
+        let config = MachineConfig { inject, ..config(&using_devices()) };
         let machine =
             Machine::build(ScriptedHypervisor::default(), config, sink, halts, || false).await.unwrap();
         machine.start().await.unwrap();
         let refused = machine.snapshot().await.unwrap_err();
-        assert_eq!(refused.to_string(), "injected: an injected fault has no saved state");
-        // It would not have stopped, and was not asked to.
+        assert_eq!(refused.to_string(), "injected: an injected fault");
         assert!(machine.units.is_running());
         machine.destroy().await;
     }

@@ -2,11 +2,12 @@
 
 use crate::debug::DebugPort;
 use crate::loader::InitialVpState;
+use crate::prepared::VpBindings;
 use futures::future::{FutureExt, join_all, try_join_all};
 use guest_saved_state::processor::vp::VpSetState;
 use processor::{
-    BindProcessor, CpuIo, ErasedVpState, HostCpus, MpState, NewPartition, Partition, SpawnVpError,
-    StateError, VpError, VpHaltReason, VpIndex, VpState, VpThread,
+    CpuIo, ErasedVpState, MpState, SpawnVpError, StateError, VpError, VpHaltReason, VpIndex, VpState,
+    VpThread,
 };
 use save_restore::{RestoreError, SaveError};
 use std::fmt;
@@ -70,23 +71,23 @@ const HALTED: u8 = 1;
 const FAILED: u8 = 2;
 
 impl VpSet {
-    /// Binds every VP to a thread of its own, on the CPUs that `affinity` has for it. Halts are sent in the order in which they
-    /// happen. VP 0 starts with `initial`, or else as the VPs are restored.
-    pub async fn bind<B: BindProcessor>(
-        new: NewPartition<B>,
-        affinity: Vec<Option<HostCpus>>,
+    /// Makes VPs a machine's, once they are bound. Halts are sent in the order in which they happen. VP 0 starts with `initial`, or else
+    /// as the VPs are restored.
+    ///
+    /// # Errors
+    /// If one cannot be bound; all threads have ended then.
+    pub(crate) async fn serve(
+        bindings: VpBindings,
         io: Arc<dyn CpuIo>,
         halts: mpsc::UnboundedSender<Halt>,
         initial: Option<InitialVpState>,
     ) -> Result<Self, SpawnVpError> {
         let halted: Arc<Vec<AtomicU8>> =
-            Arc::new(new.processors.iter().map(|_| AtomicU8::new(NOT_HALTED)).collect());
+            Arc::new((0..bindings.count()).map(|_| AtomicU8::new(NOT_HALTED)).collect());
         let debug = Arc::new(DebugPort::new(halted.len()));
-        let cpus = affinity.into_iter().chain(std::iter::repeat(None));
-        let threads = (0..).zip(new.processors).zip(cpus).map(|((index, binder), cpus)| {
+        let threads = bindings.take().into_iter().map(|binding| {
             let (halted, halts, debug) = (halted.clone(), halts.clone(), debug.clone());
-            let partition: Arc<dyn Partition> = new.partition.clone();
-            VpThread::spawn(VpIndex(index), cpus, binder, partition, io.clone(), move |vp, reason| {
+            binding.serve(io.clone(), move |vp, reason| {
                 let Some(reason) = debug.take(vp, reason) else { return };
                 let failed = matches!(reason, VpHaltReason::Fault(_) | VpHaltReason::TripleFault(_));
                 let mark = if failed { FAILED } else { HALTED };

@@ -4,7 +4,9 @@
 use devices::ByteSink;
 use inspect::{Inspect, Inspection, Node, Update, UpdateError, Value, View};
 use machine::memory::MemoryOptions;
-use machine::{BootFiles, Halt, InjectedFault, Machine, MachineConfig, MachineView};
+use machine::{
+    BootFiles, Halt, InjectedFault, InjectedStep, Machine, MachineConfig, MachineShape, MachineView,
+};
 use processor::scripted::{Script, ScriptedHypervisor, ScriptedOptions};
 use processor::{
     DebugCapabilities, ErasedPartitionState, HostCpus, Hypervisor, MsiRequest, NewPartition, Partition,
@@ -107,6 +109,10 @@ impl Partition for RecordingPartition {
         self.partition.start_time()
     }
 
+    fn forget_stopped_time(&self) {
+        self.partition.forget_stopped_time();
+    }
+
     fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {
         self.partition.access_state()
     }
@@ -156,7 +162,8 @@ impl Bench {
             BootFiles { kernel: file(&script.to_elf()), initrd: None, cmdline: COMMAND_LINE.to_owned() };
         let memory = MemoryOptions { prefault: true, ..MemoryOptions::default() };
         let affinity = vec![None, Some(last_cpu())];
-        let config = MachineConfig { affinity, memory, inject, ..MachineConfig::new(2, MEMORY_BYTES, boot) };
+        let shape = MachineShape { affinity, memory, ..MachineShape::new(2, MEMORY_BYTES) };
+        let config = MachineConfig { shape, inject, ..MachineConfig::new(2, MEMORY_BYTES, boot) };
         let machine = Machine::build(hypervisor.clone(), config, serial, send_halts, || false).await.unwrap();
         Self { machine, hypervisor, halts, output }
     }
@@ -369,10 +376,10 @@ async fn an_update_reaches_units_devices_and_the_threads_of_vps() {
 #[tokio::test]
 async fn a_unit_that_hangs_in_a_transition_shows_as_such_and_the_others_answer() {
     let (script, _) = spinning();
-    let fault = Some(InjectedFault::StopHangs);
+    let fault = Some(InjectedFault::Holds(InjectedStep::Stop));
     let mut bench = Bench::with(&script, fault, ScriptedOptions::default(), |_| ()).await;
     bench.start().await;
-    assert_eq!(bench.look("units/injected/unit/fails_at").await, text("StopHangs"));
+    assert_eq!(bench.look("units/injected/unit/fault").await, text("Holds(Stop)"));
     let view = bench.machine.view().clone();
     let mut pause = Box::pin(bench.machine.pause());
     let state = |name| view.graph().into_iter().find(|unit| &*unit.name == name).unwrap().state;

@@ -8,7 +8,7 @@
 //! They travel as messages of the schema of saved state, into which and from which they are converted here. What a hypervisor
 //! cannot do is [`NotSupported`], or absent from its state.
 //!
-//! [`VpThread`] is the thread that a VP is bound to. [`scripted`] is a hypervisor that interprets scripts in guest memory,
+//! [`VpThread`] is the thread that a VP is bound to, [`VpBinding`] the same before it is known what for. [`scripted`] is a hypervisor that interprets scripts in guest memory,
 //! for tests of everything above this seam.
 //!
 //! Nothing here knows a hypervisor of the host's or a device. The model is OpenVMM's `virt::Processor`.
@@ -39,7 +39,7 @@ pub use state::{
     VpStateKind, Xsave,
 };
 pub use stop::{StopVp, StopVpSource, run_guest};
-pub use thread::{HostCpus, SpawnVpError, VpError, VpGone, VpThread};
+pub use thread::{HostCpus, SpawnVpError, VpBinding, VpError, VpGone, VpThread};
 
 use inspect::InspectMut;
 use std::convert::Infallible;

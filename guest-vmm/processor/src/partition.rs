@@ -169,6 +169,10 @@ pub trait Partition: Send + Sync {
     /// Lets the guest's time go on, by its [`TimePolicy`], before the first VP runs. Does nothing if it is not stopped.
     fn start_time(&self) -> Result<(), PartitionError>;
 
+    /// Makes the time for which it has stood no time of the guest's, whatever its [`TimePolicy`]: for a partition that was made
+    /// ahead and gets its guest now. Does nothing if time is not stopped.
+    fn forget_stopped_time(&self);
+
     /// The state of the partition, all VPs and time being stopped.
     fn access_state(&self) -> Box<dyn ErasedPartitionState + '_>;
 

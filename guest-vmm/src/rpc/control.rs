@@ -1,7 +1,7 @@
 //! GuestControl: the operator's capability, to the guest of one create.
 
 use super::debugger;
-use super::keeper::{Keeper, KeptSnapshot};
+use super::keeper::{Keeper, KeptSnapshot, nobody};
 use super::observer::{Observed, inspected};
 use crate::config::refused;
 use crate::driver::{Command, DriverHandle};
@@ -28,8 +28,6 @@ impl Control {
     }
 
     async fn keep_snapshot(&self) -> Result<KeptSnapshot, Failure> {
-        let nobody =
-            || Failure::new(GuestError::NotSupported, "snapshots are kept by the service, and there is none");
         let keeper = self.keeper.as_ref().ok_or_else(nobody)?;
         let taken = self.driver.ask_of(&self.guest, Command::Snapshot).await?;
         let sealed = tokio::task::spawn_blocking(move || taken.seal()).await;

@@ -16,6 +16,11 @@ pub(crate) struct Keeper {
     descriptors: Descriptors,
 }
 
+/// What is said where snapshots have nowhere to go.
+pub(crate) fn nobody() -> Failure {
+    Failure::new(GuestError::NotSupported, "snapshots are kept by the service, and there is none")
+}
+
 /// A snapshot that is kept, and what finds it.
 pub(crate) struct KeptSnapshot {
     pub snapshot: snapshot::Client,
@@ -29,10 +34,10 @@ impl Keeper {
 
     /// Hands a snapshot over.
     pub async fn keep(&self, sealed: SealedSnapshot) -> Result<KeptSnapshot, Failure> {
-        let lost = |error: capnp::Error| {
-            Failure::new(GuestError::InternalError, format!("the service keeps no snapshot: {error}"))
-        };
-        self.send(&sealed).await.map_err(lost)?
+        self.send(&sealed).await.map_err(|error| match error.kind {
+            capnp::ErrorKind::Disconnected => nobody(),
+            _ => Failure::new(GuestError::InternalError, format!("the service keeps no snapshot: {error}")),
+        })?
     }
 
     async fn send(&self, sealed: &SealedSnapshot) -> capnp::Result<Result<KeptSnapshot, Failure>> {

@@ -8,7 +8,7 @@ use crate::driver::{Command, DriverHandle};
 use crate::snapshot::SnapshotFiles;
 use guest_schema::guest_capnp::{guest_control, observer};
 use guest_schema::vmm_capnp::{vmm, vmm_watcher};
-use guest_schema::{Failure, GuestError};
+use guest_schema::{Failure, GuestError, GuestShape};
 use guest_transport::{Descriptors, broken};
 use std::cell::RefCell;
 use std::fs::File;
@@ -142,6 +142,21 @@ impl vmm::Server for VmmChannel {
                 no_guest().write(results.init_error());
             }
         }
+        Ok(())
+    }
+
+    async fn prepare(
+        self: Rc<Self>,
+        params: vmm::PrepareParams,
+        mut results: vmm::PrepareResults,
+    ) -> capnp::Result<()> {
+        let shape = GuestShape::read(params.get()?.get_shape()?)?;
+        let is_free = self.attach.borrow().is_some();
+        let prepared = match is_free {
+            true => self.driver.prepare(&shape).await,
+            false => Err(Failure::new(GuestError::AlreadyRunning, "a lease was attached before")),
+        };
+        Failure::write_result(&prepared, results.get().init_result());
         Ok(())
     }
 

@@ -1,12 +1,20 @@
 //! Files that are there under their names only once they are whole.
 
+use crate::encode::SnapshotEncoder;
+use crate::error::WriteError;
+use crate::output::{SparseOutput, write};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use tempfile::NamedTempFile;
+
+/// How far it is written between two times that the disk is told to go to work on it: in bytes, holes included.
+const FLUSH: u64 = 64 << 20;
 
 /// A file that is being written, and has its name only once it is whole: a crash at any moment leaves what was there before, or it.
 ///
@@ -51,6 +59,35 @@ impl SavedFile {
             Written::Unnamed(file) => file,
             Written::Named(file) => file.as_file(),
         }
+    }
+
+    /// Writes all of a snapshot's file, as [`write`] does, while the disk is at work on what was written before. Blocks.
+    ///
+    /// # Errors
+    /// As [`write`].
+    pub fn write(
+        &self,
+        encoder: &mut SnapshotEncoder,
+        mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
+    ) -> Result<(), WriteError> {
+        let file = self.file();
+        std::thread::scope(|scope| {
+            let (tell, told) = mpsc::sync_channel::<()>(1);
+            // An error is told to one of those who ask for it, here or in `commit`.
+            let flushing = scope.spawn(move || told.iter().try_for_each(|()| file.sync_data()));
+            let mut flushed = 0;
+            let written = write(encoder, &mut SparseOutput::new(file), |at, bytes| {
+                if at - flushed >= FLUSH {
+                    flushed = at;
+                    // It is at work still if this fails.
+                    let _ = tell.try_send(());
+                }
+                progress(at, bytes)
+            });
+            drop(tell);
+            let flushed = flushing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            written.and(flushed.map_err(WriteError::Output))
+        })
     }
 
     /// Has it on disk whole, then under its name in place of what was there, and that on disk as well. Blocks.

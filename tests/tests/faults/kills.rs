@@ -29,7 +29,11 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// A `guestctl run` of a guest that runs until it is ended.
-fn guestctl_run(service: &Service, channel: Channel, id: &str) -> anyhow::Result<(Process, NamedTempFile)> {
+pub(super) fn guestctl_run(
+    service: &Service,
+    channel: Channel,
+    id: &str,
+) -> anyhow::Result<(Process, NamedTempFile)> {
     let kernel = NamedTempFile::new()?;
     std::fs::write(kernel.path(), Kind::Scripted.image(Act::Spin))?;
     let mut command = Command::new(program("guestctl")?);

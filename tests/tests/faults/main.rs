@@ -3,7 +3,9 @@
 mod in_process;
 mod kills;
 mod leaks;
+mod prepared;
 mod service;
+mod snapshots;
 mod warm;
 
 use std::process::ExitCode;
@@ -20,6 +22,14 @@ fn main() -> ExitCode {
             }
         };
     }
-    let trials = [kills::trials(), service::trials(), leaks::trials(), in_process::trials(), warm::trials()];
+    let trials = [
+        kills::trials(),
+        service::trials(),
+        leaks::trials(),
+        in_process::trials(),
+        warm::trials(),
+        prepared::trials(),
+        snapshots::trials(),
+    ];
     run(trials.into_iter().flatten().collect(), || {})
 }

@@ -82,7 +82,7 @@ fn no_panic(service: &Service) -> Story {
 }
 
 async fn a_hanging_unit_does_not_hold_up_the_end() -> Story {
-    let stage = Stage::set(Kind::Scripted, Channel::Direct, ",fail-unit=stop-hangs")?;
+    let stage = Stage::set(Kind::Scripted, Channel::Direct, ",hold-unit=stop")?;
     let (_players, pids) = company(&stage).await?;
     stage.service.process().signal(Signal::TERM);
     ended_well(&stage.service, &pids)

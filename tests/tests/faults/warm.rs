@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 /// How many the services of these stories keep ready.
-const WARM: usize = 2;
+pub const WARM: usize = 2;
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -41,7 +41,7 @@ fn stage(kind: Kind) -> anyhow::Result<Stage> {
 }
 
 /// Waits until the service has all VMMs ready, and no process but them and these guests'; gives the ready ones.
-async fn ready(service: &Service, guests: &[u32]) -> anyhow::Result<BTreeSet<u32>> {
+pub async fn ready(service: &Service, guests: &[u32]) -> anyhow::Result<BTreeSet<u32>> {
     let host = service.connect().await?;
     let look = || async {
         let warm = host.info().await.map_err(|error| error.to_string())?.warm;
@@ -57,12 +57,12 @@ async fn ready(service: &Service, guests: &[u32]) -> anyhow::Result<BTreeSet<u32
     Ok(wait::found_async("VMMs to be ready", PATIENCE, look).await?)
 }
 
-fn signal(pid: u32, signal: Signal) -> Story {
+pub fn signal(pid: u32, signal: Signal) -> Story {
     Ok(kill_process(Pid::from_raw(pid.cast_signed()).context("a process")?, signal)?)
 }
 
 /// A guest that runs, powers itself off and is told of as any other.
-async fn live(stage: &Stage, player: &Player) -> Story {
+pub async fn live(stage: &Stage, player: &Player) -> Story {
     let running = player.play(Act::PowerOff).await?;
     player.cue(&running, Act::PowerOff).await?;
     running.run.await?;
@@ -169,7 +169,7 @@ async fn all_killed_fail_no_launch() -> Story {
 }
 
 /// A script in place of guest-vmm.
-fn script(contents: &str) -> anyhow::Result<(TempDir, String)> {
+pub fn script(contents: &str) -> anyhow::Result<(TempDir, String)> {
     let folder = TempDir::new()?;
     let file = folder.path().join("guest-vmm");
     std::fs::write(&file, format!("#!/bin/sh\n{contents}\n"))?;

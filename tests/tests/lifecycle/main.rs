@@ -1,18 +1,20 @@
 //! The lifecycle protocol, state by state: each story is played on a scripted processor and on KVM, over a guest's own channel and
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
 //! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
-//! go on from others in `snapshots`, and from files in `saved_snapshots` and
-//! `fixtures`; what the board's small devices tell, in `board`.
+//! go on from others in `snapshots`, a hundred of them in `forks`; files of those in `snapshots_on_disk`, and guests that go on from
+//! them in `saved_snapshots`, of every format in `fixtures`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
 mod disks;
 mod fixtures;
+mod forks;
 mod networks;
 mod operator;
 mod saved_snapshots;
 mod snapshots;
+mod snapshots_on_disk;
 mod sockets;
 
 use std::future::Future;
@@ -41,6 +43,7 @@ use networks::*;
 use operator::*;
 use saved_snapshots::*;
 use snapshots::*;
+use snapshots_on_disk::*;
 use sockets::*;
 
 type Played = Pin<Box<dyn Future<Output = Story>>>;
@@ -79,7 +82,7 @@ stories! {
     a_vp_that_cannot_be_bound_fails_the_create with ",fail-bind=0";
     a_vp_whose_thread_panics_is_a_runtime_failure with ",panic=0";
     a_unit_that_cannot_stop_is_named with ",fail-unit=stop";
-    a_unit_that_never_stops_is_late with ",fail-unit=stop-hangs";
+    a_unit_that_never_stops_is_late with ",hold-unit=stop";
     a_failed_reset_leaves_only_stop with ",fail-unit=reset";
     stop_without_create_is_nothing_to_do;
     stop_without_run_takes_the_guest_away;
@@ -117,7 +120,7 @@ stories! {
     an_operator_sends_a_non_maskable_interrupt;
     an_operator_inspects_and_updates_what_is_writable;
     an_inspected_node_that_cannot_be_updated_says_why;
-    an_operators_deadline_holds_for_a_unit_that_never_stops with ",fail-unit=stop-hangs";
+    an_operators_deadline_holds_for_a_unit_that_never_stops with ",hold-unit=stop";
     a_guest_shuts_down_by_its_power_button on scripts;
     a_paused_guest_hears_of_its_power_button_when_it_goes_on on scripts;
     a_guest_that_ignores_its_power_button_runs_on;
@@ -165,6 +168,17 @@ stories! {
     a_fork_without_its_disks_is_refused on scripts over direct;
     snapshots_leave_nothing_in_the_service;
     guestctl_forks_a_guest;
+    a_snapshot_is_saved_while_its_guest_runs_on on scripts;
+    an_export_has_the_bytes_of_the_file_that_is_saved on scripts;
+    a_layer_is_saved_against_a_file on scripts;
+    an_output_that_fails_ends_its_export on scripts;
+    an_export_that_nobody_takes_holds_up_nobody on scripts;
+    a_snapshot_from_its_guests_channel_alone_hands_over_no_files on scripts over direct;
+    a_save_comes_to_its_end_without_guest_and_service on scripts;
+    a_guestctl_that_is_killed_leaves_the_old_file_or_the_new;
+    a_disk_that_is_full_leaves_what_was_there on scripts;
+    saving_leaves_nothing_in_the_service on scripts;
+    guestctl_saves_a_guest_and_shows_it on scripts;
     a_guest_goes_on_from_a_file;
     a_guest_from_a_file_is_another_generation;
     a_guest_from_a_file_boots_again_when_it_is_reset;
@@ -193,6 +207,9 @@ fn main() -> ExitCode {
             }
         }
     }
+    trials.push(trial("a_hundred_forks_live_at_once", &[Requirement::Kvm], || {
+        play_on(Stage::set(Kind::BuiltIn, Channel::Direct, "")?, forks::a_hundred_live_at_once)
+    }));
     run(trials, || {})
 }
 

@@ -344,7 +344,7 @@ pub async fn an_operators_deadline_holds_for_a_unit_that_never_stops(stage: Stag
     expect("pause", refusal(control.pause().await)?, GuestError::TransitionTimedOut)?;
     expect("within the default", begun.elapsed() < Duration::from_secs(10), true)?;
     // The unit is still at it, and answers nothing.
-    let (code, detail) = refused(control.update("units/injected/unit/fails_at", "Start").await)?;
+    let (code, detail) = refused(control.update("units/injected/unit/fault", "Fails(Start)").await)?;
     expect(&detail, code, GuestError::TransitionTimedOut)?;
     says(&detail, "not answered in time")?;
     expect("stop", refusal(player.lifecycle.stop().await)?, GuestError::TransitionTimedOut)?;

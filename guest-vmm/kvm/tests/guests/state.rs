@@ -4,10 +4,10 @@ use crate::guest::*;
 use futures::executor::block_on;
 use processor::VpIndex;
 use processor::{
-    Clock, Cpuid, IrqRoutes, MpState, MsiRequest, NumberedRegisters, PartitionState, StateAccessError,
-    VpState, VpStateKind, Vtl,
+    Clock, Cpuid, IrqRoutes, MpState, MsiRequest, NumberedRegisters, PartitionConfig, PartitionState,
+    StateAccessError, TimePolicy, VpState, VpStateKind, Vtl,
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 /// `inc eax; movd xmm0, eax` would not do on every host: counts in eax, for ever.
@@ -152,6 +152,56 @@ fn a_reset_begins_time_anew_and_a_scrub_does_not() {
     guest.reset();
     let reset = PartitionState::save(&mut *guest.partition.access_state()).unwrap();
     assert_eq!(reset.clock.unwrap().elapsed, Duration::ZERO);
+}
+
+#[test]
+fn a_partition_that_waited_for_its_guest_has_no_time_of_that() {
+    for time in [TimePolicy::Hidden, TimePolicy::CatchUp] {
+        let config = |memory| PartitionConfig { time, ..PartitionConfig::new(1, memory) };
+        let guest = Guest::configured(Mode::Flat, &COUNT, config);
+        guest.partition.stop_time().unwrap();
+        let clock = || guest.partition.access_state().clock().unwrap().elapsed;
+        let counter = || save(&guest).tsc.map(|tsc| (tsc.value, tsc.frequency_khz));
+        let (stood, ticked) = (clock(), counter());
+        let waits = Instant::now();
+        while waits.elapsed() < Duration::from_millis(100) {
+            std::thread::yield_now();
+        }
+        let comes = Instant::now();
+        guest.partition.forget_stopped_time();
+        guest.partition.start_time().unwrap();
+        guest.start();
+        guest.stop();
+        guest.partition.stop_time().unwrap();
+        let passed = clock().checked_sub(stood).expect("it goes on from where it stood");
+        let since = comes.elapsed();
+        assert!(passed <= since, "{time:?}: {passed:?} have passed in {since:?}");
+        if let (Some((before, khz)), Some((after, _))) = (ticked, counter()) {
+            let passed = Duration::from_nanos((after - before) * 1_000_000 / u64::from(khz));
+            // The counter's frequency is known to about a thousandth.
+            let since = comes.elapsed().mul_f64(1.001);
+            assert!(passed <= since, "{time:?}: the counter says {passed:?} in {since:?}");
+        }
+    }
+}
+
+#[test]
+fn a_vp_that_was_sent_something_is_put_back_by_a_reset_although_it_never_ran() {
+    let guest = Guest::with(Mode::Flat, &COUNT, 2);
+    let fresh = block_on(guest.vps[1].save()).unwrap();
+    guest.reset();
+    let fixed = MsiRequest { address: 0xfee0_1000, data: 0x0031 };
+    let enable = |state: &mut dyn processor::ErasedVpState| {
+        let mut apic = state.local_apic().unwrap();
+        apic.registers[0xf0..0xf4].copy_from_slice(&0x1ff_u32.to_le_bytes());
+        state.set_local_apic(&apic).unwrap();
+    };
+    block_on(guest.vps[1].access(enable)).unwrap();
+    guest.partition.signal_msi(fixed).unwrap();
+    let told = block_on(guest.vps[1].save()).unwrap();
+    assert_ne!(told.local_apic, fresh.local_apic, "the interrupt waits");
+    guest.reset();
+    assert_eq!(block_on(guest.vps[1].save()).unwrap().local_apic, fresh.local_apic);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use super::*;
 use crate::board::Board;
 use crate::boot::BootFiles;
 use processor::VpHaltReason;
-use processor::scripted::{Script, ScriptedBinder, ScriptedHypervisor};
+use processor::scripted::{Script, ScriptedHypervisor};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
@@ -140,8 +140,10 @@ fn silence() -> Arc<dyn ByteSink> {
 #[test]
 fn nothing_else_can_be_put_where_other_serial_ports_would_be() {
     let script = listening();
-    let foundation = lay_foundation(&ScriptedHypervisor::default(), config(&script), silence(), &|| false);
-    let Foundation::<ScriptedBinder> { memory, board, .. } = foundation.unwrap();
+    let config = config(&script);
+    let hypervisor = ScriptedHypervisor::default();
+    let prepared = PreparedMachine::begin(&hypervisor, config.shape.clone(), None, &|| Ok(())).unwrap();
+    let Foundation { memory, board, vps: _vps, .. } = lay_foundation(prepared, config, silence()).unwrap();
     for (base, name) in [(0x2f8, "com2"), (0x3e8, "com3"), (0x2ef, "com4")] {
         let mut devices: Vec<Placed> = Board::devices(&board, &memory);
         let keyboard = devices.iter_mut().find(|placed| placed.name == "i8042").unwrap();

@@ -173,6 +173,8 @@ impl Partition for ScriptedPartition {
         Ok(())
     }
 
+    fn forget_stopped_time(&self) {}
+
     fn access_state(&self) -> Box<dyn ErasedPartitionState + '_> {
         Box::new(ScriptedPartitionState(self))
     }

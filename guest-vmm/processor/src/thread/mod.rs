@@ -1,7 +1,8 @@
 //! The thread that one VP is bound to.
 //!
 //! [`VpThread`] binds a VP on a thread of its own and runs it there. Starting, stopping, resetting and looking at the VP are
-//! messages to that thread, answered in the order in which they were first polled; a VP in the guest leaves it for them.
+//! messages to that thread, answered in the order in which they were first polled; a VP in the guest leaves it for them. A VP can be
+//! bound before anybody knows what it is for: [`VpBinding`].
 //! `executor` says why no wake-up is lost, `task` what the thread does.
 //!
 //! Limits: the state is reached with closures that run on the VP's thread, which should not block. A panic there, in the
@@ -22,6 +23,7 @@ use crate::{
     VpFault, VpHaltReason, VpIndex, VpState, VpStateKind, Vtl,
 };
 use executor::{Wakeup, block_on};
+use futures::StreamExt;
 use futures::channel::mpsc;
 use inspect::Deferred;
 use rustix::thread::{Pid, gettid};
@@ -114,6 +116,92 @@ pub enum SpawnVpError {
     },
 }
 
+/// What a VP that runs calls.
+struct VpService {
+    io: Arc<dyn CpuIo>,
+    on_halt: Box<dyn Fn(VpIndex, VpHaltReason) + Send>,
+}
+
+/// A VP on a thread of its own, bound or about to be, that is no machine's yet.
+///
+/// Dropping it asks the thread to end and does not wait; [`VpBinding::end`] does.
+pub struct VpBinding {
+    vp: VpIndex,
+    /// The thread's number, once it is known that the VP is bound.
+    id: Option<Pid>,
+    bound: oneshot::Receiver<Result<Pid, SpawnVpError>>,
+    /// Found by the thread when the first command comes, so that it is not woken for this alone. `futures`' own also in models: what
+    /// it carries happens before that command.
+    service: futures::channel::oneshot::Sender<VpService>,
+    commands: mpsc::UnboundedSender<Command>,
+    ended: oneshot::Receiver<Infallible>,
+    thread: JoinHandle<()>,
+}
+
+impl VpBinding {
+    /// Starts a thread that binds the VP.
+    ///
+    /// The thread is kept on the CPUs of `affinity` from before the VP is bound; `None` lets it run wherever the calling thread may.
+    ///
+    /// # Errors
+    /// [`SpawnVpError::Thread`]; whatever else fails is learnt from [`VpBinding::bound`].
+    pub fn spawn<B: BindProcessor>(
+        vp: VpIndex,
+        affinity: Option<HostCpus>,
+        binder: B,
+        partition: Arc<dyn Partition>,
+    ) -> Result<Self, SpawnVpError> {
+        let (commands, receiver) = mpsc::unbounded();
+        let (bound, is_bound) = oneshot::channel();
+        let (service, served) = futures::channel::oneshot::channel();
+        let (ending, ended) = oneshot::channel();
+        let body = move || {
+            // Dropped last, whatever happens: the thread has nothing left to do then.
+            let _ending: oneshot::Sender<Infallible> = ending;
+            run_thread(vp, NewVp { affinity, binder, partition, commands: receiver, service: served }, bound);
+        };
+        let thread = Builder::new()
+            .name(format!("vp-{vp}"))
+            .spawn(body)
+            .map_err(|source| SpawnVpError::Thread { vp, source })?;
+        Ok(Self { vp, id: None, bound: is_bound, service, commands, ended, thread })
+    }
+
+    /// Resolves once the VP is bound.
+    ///
+    /// # Errors
+    /// If it cannot be; nothing is left but the thread's way out.
+    pub async fn bound(&mut self) -> Result<(), SpawnVpError> {
+        if self.id.is_none() {
+            let bound = (&mut self.bound).await;
+            let bound = bound.expect("the thread answers before it drops its end, and binding cannot unwind");
+            self.id = Some(bound?);
+        }
+        Ok(())
+    }
+
+    /// Makes it a machine's VP, once it is bound: see [`VpThread::spawn`].
+    pub async fn serve(
+        mut self,
+        io: Arc<dyn CpuIo>,
+        on_halt: impl Fn(VpIndex, VpHaltReason) + Send + 'static,
+    ) -> Result<VpThread, SpawnVpError> {
+        self.bound().await?;
+        let Self { vp, id, bound: _, service, commands, ended, thread } = self;
+        // A thread that has ended is noticed by the first who asks it for something.
+        let _ = service.send(VpService { io, on_halt: Box::new(on_halt) });
+        Ok(VpThread { vp, id: id.expect("it is bound"), commands, ended, thread })
+    }
+
+    /// Ends the thread and waits until it has. Blocks for as long as binding takes, if that is under way.
+    pub fn end(self) {
+        let Self { commands, service, thread, .. } = self;
+        drop((commands, service));
+        // A panic while binding was reported to whoever asked.
+        let _ = thread.join();
+    }
+}
+
 /// The thread of one VP, named `vp-N`.
 ///
 /// Dropping it asks the thread to end and does not wait; [`VpThread::shutdown`] waits. The thread drops the processor
@@ -147,21 +235,7 @@ impl VpThread {
         io: Arc<dyn CpuIo>,
         on_halt: impl Fn(VpIndex, VpHaltReason) + Send + 'static,
     ) -> Result<Self, SpawnVpError> {
-        let (commands, receiver) = mpsc::unbounded();
-        let (bound, is_bound) = oneshot::channel();
-        let (ending, ended) = oneshot::channel();
-        let body = move || {
-            // Dropped last, whatever happens: the thread has nothing left to do then.
-            let _ending: oneshot::Sender<Infallible> = ending;
-            run_thread(vp, NewVp { affinity, binder, partition, io, commands: receiver }, bound, on_halt);
-        };
-        let thread = Builder::new()
-            .name(format!("vp-{vp}"))
-            .spawn(body)
-            .map_err(|source| SpawnVpError::Thread { vp, source })?;
-        let bound =
-            is_bound.await.expect("the thread answers before it drops its end, and binding cannot unwind");
-        Ok(Self { vp, id: bound?, commands, ended, thread })
+        VpBinding::spawn(vp, affinity, binder, partition)?.serve(io, on_halt).await
     }
 
     /// The VP's number.
@@ -274,8 +348,8 @@ struct NewVp<B> {
     affinity: Option<HostCpus>,
     binder: B,
     partition: Arc<dyn Partition>,
-    io: Arc<dyn CpuIo>,
     commands: mpsc::UnboundedReceiver<Command>,
+    service: futures::channel::oneshot::Receiver<VpService>,
 }
 
 /// The whole of a VP's thread.
@@ -283,9 +357,8 @@ fn run_thread<B: BindProcessor>(
     vp: VpIndex,
     new: NewVp<B>,
     bound: oneshot::Sender<Result<Pid, SpawnVpError>>,
-    on_halt: impl Fn(VpIndex, VpHaltReason),
 ) {
-    let NewVp { affinity, binder, partition, io, commands } = new;
+    let NewVp { affinity, binder, partition, mut commands, mut service } = new;
     let processor = match keep_on(vp, affinity).and_then(|()| bind(vp, binder)) {
         Ok(processor) => processor,
         Err(error) => return drop(bound.send(Err(error))),
@@ -294,10 +367,13 @@ fn run_thread<B: BindProcessor>(
     if bound.send(Ok(gettid())).is_err() {
         return; // Whoever wanted the VP has gone away meanwhile.
     }
+    let Some(first) = block_on(&wakeup, commands.next()) else { return };
+    let service = service.try_recv().ok().flatten();
+    let VpService { io, on_halt } = service.expect("whoever can send commands has sent it before");
     let served = catch_unwind(AssertUnwindSafe(|| {
-        let on_halt = &on_halt;
+        let on_halt = &*on_halt;
         let task = VpTask { vp, processor, commands, io, wakeup: wakeup.clone(), on_halt, running: false };
-        block_on(&wakeup, task.serve());
+        block_on(&wakeup, task.serve(first));
     }));
     if let Err(panic) = served {
         report_panic(vp, &message(&*panic), on_halt);

@@ -58,8 +58,9 @@ pub(super) struct VpTask<P, H> {
 }
 
 impl<P: Processor, H: Fn(VpIndex, VpHaltReason)> VpTask<P, H> {
-    /// Serves commands until there can be no more.
-    pub(super) async fn serve(mut self) {
+    /// Serves commands, of which one has come, until there can be no more.
+    pub(super) async fn serve(mut self, first: Command) {
+        self.handle(first);
         while let Some(command) = self.next_command().await {
             self.handle(command);
         }

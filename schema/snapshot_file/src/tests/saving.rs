@@ -51,3 +51,30 @@ fn a_file_of_a_snapshot_is_known_by_its_end() {
         assert!(!is_snapshot_file(&bytes_file(bytes)).expect("read"));
     }
 }
+
+#[test]
+fn a_file_is_the_same_when_the_disk_is_at_work_meanwhile() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("one");
+    // Long enough for the disk to be told more than once, most of it holes.
+    let mut pages = vec![Page::Hole; 50_000];
+    pages.iter_mut().step_by(9_000).for_each(|page| *page = Page::Filled(3));
+    let source = source(&pages, None);
+    let saved = SavedFile::create(&path).expect("created");
+    saved.write(&mut SnapshotEncoder::whole(&source).expect("fit"), |_, _| CONTINUE).expect("written");
+    saved.commit().expect("saved");
+    let opened = SnapshotFile::open(File::open(&path).expect("there")).expect("whole");
+    opened.verify_memory(|_, _| {}).expect("as it was");
+    assert_eq!(opened.memory_checksum(), whole(&source).memory_checksum());
+}
+
+#[test]
+fn what_is_ended_is_not_saved() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let saved = SavedFile::create(&folder.path().join("one")).expect("created");
+    let mut encoder = SnapshotEncoder::whole(&source(&[Page::Filled(1), Page::Hole], None)).expect("fit");
+    let ended = saved.write(&mut encoder, |_, _| ControlFlow::Break(()));
+    assert!(matches!(ended, Err(WriteError::Ended)), "{ended:?}");
+    drop(saved);
+    assert_eq!(names(folder.path()), [""; 0]);
+}
