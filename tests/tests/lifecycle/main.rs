@@ -2,12 +2,13 @@
 //! through the service. What is seen of a guest meanwhile, and done to its VMM, is in `operator`; clients' state units in
 //! `client_units`, the virtio console in `consoles`, disks in `disks`, a network by vhost-user in `networks`, vsock in `sockets`, guests that
 //! go on from others in `snapshots`, a hundred of them in `forks`; files of those in `snapshots_on_disk`, and guests that go on from
-//! them in `saved_snapshots`; what the board's small devices tell, in `board`.
+//! them in `saved_snapshots`, of every format in `fixtures`; what the board's small devices tell, in `board`.
 
 mod board;
 mod client_units;
 mod consoles;
 mod disks;
+mod fixtures;
 mod forks;
 mod networks;
 mod operator;
@@ -37,6 +38,7 @@ use board::*;
 use client_units::*;
 use consoles::*;
 use disks::*;
+use fixtures::*;
 use networks::*;
 use operator::*;
 use saved_snapshots::*;
@@ -190,6 +192,7 @@ stories! {
     a_file_that_can_be_written_by_its_descriptor_is_refused over direct;
     files_that_are_refused_leave_nothing;
     guestctl_runs_a_guest_from_a_file over direct;
+    files_of_every_format_go_on on scripts;
 }
 
 fn main() -> ExitCode {
