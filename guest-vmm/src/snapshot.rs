@@ -11,6 +11,7 @@ use guest_schema::{
     ConfigFault, DiskSource, Failure, GuestConfig, GuestError, ImageFormat, MemoryKept, NetBackend,
     SnapshotFile, SnapshotInfo, VsockConfig, chain, config_capnp,
 };
+use guest_snapshot_file::STATE_FORMAT;
 use machine::MachineSnapshot;
 use machine::memory::{FreezeMethod, Frozen, FrozenMemory, ImageFile, MemoryImage};
 use prost::Message;
@@ -24,8 +25,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The version of the state's format.
-const FORMAT: u32 = 1;
 /// The most bytes of a state that is read.
 const MAX_STATE: u64 = 256 << 20;
 
@@ -147,7 +146,7 @@ fn encode(config: &GuestConfig, units: Vec<SavedStateUnit>) -> SnapshotState {
         UnitState { name, type_name: state.type_name().to_owned(), value: state.value().to_vec() }
     };
     SnapshotState {
-        format: FORMAT,
+        format: STATE_FORMAT,
         config: capnp::serialize::write_message_to_words(&message),
         units: units.into_iter().map(unit).collect(),
     }
@@ -240,8 +239,8 @@ fn is_sealed(file: &File) -> bool {
 /// `snapshotCorrupt`, `snapshotIncompatible` for a format that this version does not know.
 pub(crate) fn decoded(state: SnapshotState) -> Result<(GuestConfig, Vec<SavedStateUnit>), Failure> {
     let SnapshotState { format, config, units } = state;
-    if format != FORMAT {
-        let problem = format!("state: its format is {format}, and {FORMAT} is known here");
+    if format != STATE_FORMAT {
+        let problem = format!("state: its format is {format}, and {STATE_FORMAT} is known here");
         return Err(Failure::new(GuestError::SnapshotIncompatible, problem));
     }
     let unit = |UnitState { name, type_name, value }| {
