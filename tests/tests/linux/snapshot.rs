@@ -22,8 +22,19 @@ pub(super) fn fork<'lab>(
     of: &str,
     name: &str,
 ) -> anyhow::Result<LabGuest<'lab>> {
+    fork_granted(lab, service, of, name, &format!("--disk path=/tmp/{name}.img"))
+}
+
+/// The same with these grants, of which one is the copy of its disk.
+pub(super) fn fork_granted<'lab>(
+    lab: &'lab Lab,
+    service: &str,
+    of: &str,
+    name: &str,
+    grants: &str,
+) -> anyhow::Result<LabGuest<'lab>> {
     here(lab, &format!("guestctl {service} pause {of} && cp /tmp/{of}.img /tmp/{name}.img"))?;
-    let fork = LabGuest::fork(lab, name, &format!("{service} {of} --disk path=/tmp/{name}.img"))?;
+    let fork = LabGuest::fork(lab, name, &format!("{service} {of} {grants}"))?;
     let up = fork.until(&format!("guestctl {service} ps | grep -q '^{name} .*running'"), "fork", LIMIT);
     up.with_context(|| here(lab, "cat /tmp/*.log").unwrap_or_default())?;
     here(lab, &format!("guestctl {service} resume {of}"))?;

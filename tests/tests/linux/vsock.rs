@@ -29,7 +29,7 @@ fn start<'lab>(lab: &'lab Lab, name: &str) -> anyhow::Result<LabGuest<'lab>> {
 }
 
 /// Lets the host's programs `command` answer what the guest connects to at `port`, each on its own connection.
-fn serve<'lab>(
+pub(super) fn serve<'lab>(
     lab: &'lab Lab,
     guest: &LabGuest<'_>,
     port: u32,
