@@ -72,6 +72,7 @@ fn main() -> ExitCode {
         test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),
         test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
         test("linux_is_forked_and_its_fork_again", snapshot::linux_is_forked_and_its_fork_again),
+        test("linux_goes_on_from_a_file", snapshot::linux_goes_on_from_a_file),
     ];
     requirements::run(trials, || SHARED.close())
 }
