@@ -26,7 +26,7 @@ pub(crate) async fn obtain(source: Source, what: &'static str, limit: u64) -> Re
         }
         Source::File(file) => {
             let copy = receive(&file, limit).await.map_err(|problem| failure(what, &problem))?;
-            rustix::fs::fcntl_add_seals(&copy, SEALED).map_err(|error| failure(what, &error))?;
+            rustix::fs::fcntl_add_seals(&copy, SEALED).map_err(|error| failure(what, error))?;
             Ok(copy)
         }
     }

@@ -495,7 +495,10 @@ mod tests {
         let read = message(|builder| config.write(builder));
         assert!(read.faults.is_empty(), "{:?}", read.faults);
         assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
-        let none = message(|builder| drop(builder.get_source().init_saved())).config;
+        let none = message(|builder| {
+            builder.get_source().init_saved();
+        })
+        .config;
         assert!(none.saved.is_some_and(|saved| saved.file.is_none() && saved.base.is_none()));
     }
 
