@@ -13,7 +13,11 @@ interface Snapshot {
   info @0 () -> (memoryBytes :UInt64, units :List(Text), parent :Text, error :Common.Failure, info :SnapshotInfo);
   # The size of the guest's memory, the state units that it has state of, and the id of the guest that it is of; and more.
   canRestore @1 (grants :AnyPointer) -> (result :Common.Result);
-  # unimplemented.
+  # Whether a guest's `create` with these grants, a GuestConfig, would be refused, as far as that can be told without making the guest:
+  # the snapshot's format, its config and that its units' states are of known types and can be decoded; that there are as many disks and
+  # networks, listeners only for a vsock device, and each of the clients' units that has a state; and no kernel. The errors are those of
+  # `create`: badConfig with every fault, snapshotIncompatible and snapshotCorrupt with the units. Not looked at: files, back ends and
+  # capabilities that are granted, what the host lacks, and values that only a device can judge.
   launch @2 (serverEnd :UInt64, id :Text) -> (id :Text, exit :Host.GuestExit, error :Common.Failure);
   # As GuestHost.launch. The `create` on that channel makes a guest that goes on from here with the first `run`. Its config carries
   # grants only: a source for each disk and a back end for each network device, in the order of the snapshot's, each disk's mode, the

@@ -5,7 +5,7 @@ use crate::error::ClientError;
 use crate::host::{Host, Launched, Lease, read_launched};
 use crate::serial::{SerialOutput, Sink};
 use guest_schema::snapshot_capnp::snapshot;
-use guest_schema::{Failure, SnapshotInfo};
+use guest_schema::{Failure, GuestConfig, SnapshotInfo};
 use guest_snapshot_file::SnapshotSource;
 use std::rc::Rc;
 
@@ -73,6 +73,18 @@ impl Snapshot {
         Ok(host.launched(lease, sent.promise, |results| {
             read_launched(results.has_error(), results.get_error(), results.get_id(), results.get_exit())
         }))
+    }
+
+    /// Whether `create` with these grants would be refused, as far as that can be told without making a guest: as many disks and networks
+    /// as it needs, listeners only for a vsock device, each of the clients' units that has a state, no kernel; and states of known types
+    /// that can be decoded. Files, back ends and capabilities that are granted are not looked at, nor what the host lacks.
+    ///
+    /// # Errors
+    /// As of `create`: `badConfig` with every fault, `snapshotIncompatible` and `snapshotCorrupt` with the units.
+    pub fn can_restore(&self, grants: &GuestConfig) -> Call<()> {
+        let mut request = self.client.can_restore_request();
+        grants.write(request.get().init_grants().init_as());
+        Call::send(request, self.clone(), |results| Failure::read_result(results.get_result()?))
     }
 
     /// The files that it consists of, sealed: whoever holds them has the snapshot without the service. [`Self::save`] writes them as

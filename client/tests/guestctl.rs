@@ -313,6 +313,9 @@ fn forks_that_cannot_be_say_why() {
     let written = format!("path={image}");
     let shared = service.command(&["fork", "one", "--count=2", "--name=a", "--disk", &written]);
     ends(shared, 2, &format!("--disk path={image}: 2 guests cannot write one image"));
+    let one_socket = service.fork(&["--count=2", "--vsock", "path=a.sock"]);
+    ends(one_socket, 2, "guestctl: --vsock: 2 guests cannot have one socket: fork them one by one\n");
+    ends(service.fork(&["--vsock", "path=/no/such/a.sock"]), 2, "--vsock path=/no/such/a.sock: No such file");
     let missing = service.command(&["fork", "one", "--disk", "path=/no/such/image"]);
     ends(missing, 2, "--disk path=/no/such/image: No such file");
     ends(service.command(&["fork", "two"]), 1, "guestctl: badConfig: id: there is no guest \"two\"");

@@ -81,11 +81,19 @@ pub(crate) struct Host {
     /// begin anew beside it.
     prepared: Mutex<Option<PreparedMachine>>,
     has_rehearsed: Cell<bool>,
+    /// Whether a guest was asked for: nothing is made ahead any more.
+    is_used: Cell<bool>,
 }
 
 impl Host {
     pub fn new(platform: Platform) -> Self {
-        Self { platform, kvm: OnceCell::new(), prepared: Mutex::default(), has_rehearsed: Cell::new(false) }
+        Self {
+            platform,
+            kvm: OnceCell::new(),
+            prepared: Mutex::default(),
+            has_rehearsed: Cell::default(),
+            is_used: Cell::default(),
+        }
     }
 
     /// Opens the platform before it is needed. What fails will fail again for whom it matters.
@@ -113,11 +121,11 @@ impl Host {
         }
     }
 
-    /// Makes ahead what machines of this shape begin with, in place of what was made before.
+    /// Makes ahead what machines of this shape begin with, in place of what was made before. Does nothing once a guest was asked for.
     pub async fn prepare(&self, shape: MachineShape) -> Result<(), MachineError> {
         self.rehearse().await;
         let mut prepared = self.prepared.lock().await;
-        if prepared.as_ref().is_some_and(|prepared| *prepared.shape() == shape) {
+        if self.is_used.get() || prepared.as_ref().is_some_and(|prepared| *prepared.shape() == shape) {
             return Ok(());
         }
         if let Some(former) = prepared.take() {
@@ -170,6 +178,7 @@ impl Host {
             Platform::Kvm => config,
             Platform::Scripted(_, inject) => MachineConfig { inject: *inject, ..config },
         };
+        self.is_used.set(true);
         if let Some(prepared) = self.take_prepared(&config.shape).await {
             return Machine::build_on(prepared, config, output, halts).await;
         }
@@ -201,8 +210,10 @@ mod tests {
     }
 
     fn config(vps: u32) -> MachineConfig {
+        let mut script = Script::new();
+        script.spin();
         let mut kernel = File::from(memfd_create("kernel", MemfdFlags::CLOEXEC).expect("a memfd"));
-        kernel.write_all(&Script::new().to_elf()).expect("written");
+        kernel.write_all(&script.to_elf()).expect("written");
         MachineConfig::new(vps, 4 << 20, BootFiles { kernel, initrd: None, cmdline: String::new() })
     }
 
@@ -224,7 +235,7 @@ mod tests {
             host.prepare(shape.clone()).await.expect("prepared already");
             assert_eq!(is_prepared(&host).await, Some(shape.clone()));
             let partition =
-                Arc::downgrade(&host.prepared.lock().await.as_ref().expect("prepared").partition());
+                Arc::downgrade(host.prepared.lock().await.as_ref().expect("prepared").partition());
             let first = built(&host, config(2)).await.expect("built");
             assert!(partition.upgrade().is_some(), "the machine is made of it");
             assert_eq!(is_prepared(&host).await, None);
@@ -233,9 +244,13 @@ mod tests {
             second.destroy().await;
             assert!(partition.upgrade().is_none());
 
+            host.prepare(shape.clone()).await.expect("nothing to do");
+            assert_eq!(is_prepared(&host).await, None, "it has had its guest");
+
+            let host = Host::new("scripted".parse().expect("known"));
             host.prepare(shape).await.expect("prepared");
             let partition =
-                Arc::downgrade(&host.prepared.lock().await.as_ref().expect("prepared").partition());
+                Arc::downgrade(host.prepared.lock().await.as_ref().expect("prepared").partition());
             built(&host, config(1)).await.expect("built anew").destroy().await;
             assert_eq!(is_prepared(&host).await, None);
             let gone = async {

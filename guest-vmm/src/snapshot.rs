@@ -11,6 +11,7 @@ use guest_schema::{
     ConfigFault, DiskSource, Failure, GuestConfig, GuestError, ImageFormat, MemoryKept, NetBackend,
     SnapshotFile, SnapshotInfo, VsockConfig, chain, config_capnp,
 };
+use guest_snapshot_file::STATE_FORMAT;
 use machine::MachineSnapshot;
 use machine::memory::{FreezeMethod, Frozen, FrozenMemory, ImageFile, MemoryImage};
 use prost::Message;
@@ -24,8 +25,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The version of the state's format.
-const FORMAT: u32 = 1;
 /// The most bytes of a state that is read.
 const MAX_STATE: u64 = 256 << 20;
 
@@ -147,7 +146,7 @@ fn encode(config: &GuestConfig, units: Vec<SavedStateUnit>) -> SnapshotState {
         UnitState { name, type_name: state.type_name().to_owned(), value: state.value().to_vec() }
     };
     SnapshotState {
-        format: FORMAT,
+        format: STATE_FORMAT,
         config: capnp::serialize::write_message_to_words(&message),
         units: units.into_iter().map(unit).collect(),
     }
@@ -240,8 +239,8 @@ fn is_sealed(file: &File) -> bool {
 /// `snapshotCorrupt`, `snapshotIncompatible` for a format that this version does not know.
 pub(crate) fn decoded(state: SnapshotState) -> Result<(GuestConfig, Vec<SavedStateUnit>), Failure> {
     let SnapshotState { format, config, units } = state;
-    if format != FORMAT {
-        let problem = format!("state: its format is {format}, and {FORMAT} is known here");
+    if format != STATE_FORMAT {
+        let problem = format!("state: its format is {format}, and {STATE_FORMAT} is known here");
         return Err(Failure::new(GuestError::SnapshotIncompatible, problem));
     }
     let unit = |UnitState { name, type_name, value }| {
@@ -291,37 +290,19 @@ impl OpenSnapshot {
     /// The config of a guest that goes on from here with what `grants` has for it. What of it cannot be is a fault.
     pub fn config_with(&self, grants: GuestConfig, faults: &mut Vec<ConfigFault>) -> GuestConfig {
         let mut config = self.config.clone();
-        for (field, is_given) in [
-            ("source.boot.kernel", grants.kernel.is_some()),
-            ("source.boot.ramdisk", grants.ramdisk.is_some()),
-        ] {
-            if is_given {
-                faults.push(ConfigFault::new(field, "a guest that goes on from a snapshot has its own"));
-            }
-        }
+        faults.extend(self.config.grant_faults(&grants));
         let (own, granted) = (&mut config.devices, grants.devices);
-        count_fault("block", "disks", own.block.len(), granted.block.len(), faults);
         for (disk, granted) in own.block.iter_mut().zip(granted.block) {
             (disk.source, disk.mode) = (granted.source, granted.mode);
         }
-        count_fault("net", "network devices", own.net.len(), granted.net.len(), faults);
         for (net, granted) in own.net.iter_mut().zip(granted.net) {
             net.backend = granted.backend;
         }
-        match (&mut own.vsock, granted.vsock) {
-            (Some(vsock), Some(granted)) => *vsock = granted,
-            (None, Some(_)) => faults.push(ConfigFault::new("vsock", "the snapshot has no such device")),
-            (_, None) => {}
+        if let (Some(vsock), Some(granted)) = (&mut own.vsock, granted.vsock) {
+            *vsock = granted;
         }
         config.units = grants.units;
         config
-    }
-}
-
-fn count_fault(field: &str, what: &str, own: usize, granted: usize, faults: &mut Vec<ConfigFault>) {
-    if own != granted {
-        let problem = format!("the snapshot has {own} {what}, and {granted} were granted");
-        faults.push(ConfigFault::new(field, problem));
     }
 }
 

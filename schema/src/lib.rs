@@ -12,6 +12,7 @@ mod debug;
 mod devices;
 mod failure;
 mod generated;
+mod grants;
 mod mem;
 mod net;
 mod snapshot;

@@ -4,12 +4,13 @@ use crate::Service;
 use crate::export::Exports;
 use crate::launch::{Guest, Order};
 use crate::proxy::ProxiedLifecycle;
+use crate::restorable::can_restore;
 use crate::snapshots::Kept;
 use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::host_capnp::guest_exit;
 use guest_schema::snapshot_capnp::snapshot;
 use guest_schema::vmm_capnp::snapshot_parts;
-use guest_schema::{Failure, GuestError};
+use guest_schema::{Failure, GuestConfig, GuestError};
 use guest_transport::{Descriptors, broken};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
@@ -133,6 +134,17 @@ impl snapshot::Server for Snapshot {
                 failure.write(results.init_error());
             }
         }
+        Ok(())
+    }
+
+    async fn can_restore(
+        self: Rc<Self>,
+        params: snapshot::CanRestoreParams,
+        mut results: snapshot::CanRestoreResults,
+    ) -> capnp::Result<()> {
+        let grants = GuestConfig::read(params.get()?.get_grants().get_as()?)?;
+        let answer = can_restore(&self.kept, &grants).await;
+        Failure::write_result(&answer, results.get().init_result());
         Ok(())
     }
 

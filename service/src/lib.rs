@@ -14,6 +14,7 @@ mod log;
 mod pool;
 mod process;
 mod proxy;
+mod restorable;
 mod snapshots;
 mod socket;
 mod watcher;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use guest_tests::bench::figure::Definition;
-use guest_tests::bench::{definitions, memory, units, vps};
+use guest_tests::bench::{definitions, memory, snapshot, units, vps};
 use guest_tests::lab::Lab;
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::stage::Story;
@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         trial("vps_are_measured_in_every_count", kvm, virtual_processors),
         trial("vps_beyond_what_a_guest_can_have_are_refused", &[], too_many_vps),
         trial("memory_is_frozen_and_restored_beside_bare_calls", &[], frozen_memory),
+        trial("snapshots_are_measured_beside_bare_calls", kvm, snapshots),
         trial("the_state_of_vps_is_kept_on_mainline_kvm", &[Requirement::Lab], mainline_kvm),
     ];
     run(trials, || {})
@@ -72,6 +73,16 @@ fn frozen_memory() -> Story {
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let expected: Vec<_> = memory::definitions().iter().map(|figure| figure.name).collect();
     assert_eq!(names(&rows), expected);
+    rows.iter().try_for_each(|row| well_formed(row, &rows))
+}
+
+fn snapshots() -> Story {
+    let (output, rows) = bench(&["snapshot", "--most", "128"])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let expected: Vec<_> = snapshot::definitions(128).iter().map(|figure| figure.name).collect();
+    assert_eq!(names(&rows), expected);
+    let all = snapshot::definitions(usize::MAX).len();
+    assert!(all > expected.len(), "larger guests are left out");
     rows.iter().try_for_each(|row| well_formed(row, &rows))
 }
 

@@ -95,6 +95,9 @@ pub struct GrantOptions {
     /// The back end of its next network device, as `run` takes it; given again for each of them, in their order
     #[arg(long, value_name = "BACKEND", value_parser = net::parse)]
     pub net: Vec<NetOption>,
+    /// Let programs reach the vsock device of a single fork through Unix sockets, as `run` does: `--vsock path=web-2.sock`
+    #[arg(long, value_name = "path=SOCKET")]
+    pub vsock: Option<VsockOption>,
 }
 
 impl GrantOptions {

@@ -8,7 +8,7 @@ use crate::ending::{self, FAILED, Outcome, Trouble};
 use crate::guests;
 use crate::options::Attachment;
 use crate::out::Out;
-use crate::run::{Seat, go_on};
+use crate::run::{Bridge, Seat, go_on};
 use crate::signals::Signals;
 use clap::Args;
 use futures::StreamExt;
@@ -30,7 +30,8 @@ Examples:
   guestctl fork web
   guestctl fork web --attach                                    (its terminal is here; Ctrl-] q leaves)
   guestctl fork web --count 10 --name worker                    (worker-1 to worker-10)
-  guestctl fork web --count 3 --disk path=copy.img,volatile=on --net passt";
+  guestctl fork web --count 3 --disk path=copy.img,volatile=on --net passt
+  guestctl fork web --vsock path=web-2.sock                     (run --help says what is sent there)";
 
 /// `guestctl fork`.
 #[derive(Debug, Args)]
@@ -73,6 +74,11 @@ impl Fork {
 
     fn launch(&self, snapshot: &Snapshot, id: &str) -> Outcome<Launched> {
         Ok(if self.proxied { snapshot.launch_proxied(id)? } else { snapshot.launch(id)? })
+    }
+
+    /// What its vsock device is reached by.
+    fn bridge(&self) -> Outcome<Option<Bridge>> {
+        self.grants.vsock.as_ref().map(Bridge::open).transpose()
     }
 
     /// What a fork is granted.
@@ -125,9 +131,10 @@ async fn attached(
     out: &Out,
 ) -> Outcome {
     let name = options.name.as_deref().unwrap_or_default();
+    let bridge = options.bridge()?;
     let launched = options.launch(snapshot, name)?;
     let seat = Seat { name, attach, no_stdin: false };
-    let report = go_on(launched, |lifecycle| options.config(lifecycle), &seat, signals, out).await?;
+    let report = go_on(launched, |lifecycle| options.config(lifecycle), bridge, &seat, signals, out).await?;
     report.tell(options.json)
 }
 
@@ -155,6 +162,12 @@ fn unmet(options: &Fork, id: &str, info: &SnapshotInfo) -> Option<String> {
     if networks != info.networks as usize {
         return has("network devices", info.networks as usize, "--net");
     }
+    if options.count > 1 && options.grants.vsock.is_some() {
+        return Some(format!(
+            "--vsock: {} guests cannot have one socket: fork them one by one",
+            options.count
+        ));
+    }
     let written = options.grants.disk.iter().find(|disk| options.count > 1 && disk.is_written());
     written.map(|disk| {
         let (path, count) = (disk.path().display(), options.count);
@@ -168,15 +181,22 @@ struct Life {
     launched: Launched,
     created: Call<()>,
     _running: Call<()>,
+    _bridge: Option<Bridge>,
 }
 
 impl Life {
     /// Sends launch, create and run.
     fn begin(snapshot: &Snapshot, options: &Fork, id: &str) -> Outcome<Self> {
+        let mut bridge = options.bridge()?;
         let launched = options.launch(snapshot, id)?;
-        let created = launched.lifecycle.create(&options.config(&launched.lifecycle)?);
+        let mut config = options.config(&launched.lifecycle)?;
+        config.devices.vsock = bridge.as_mut().map(Bridge::config);
+        let created = launched.lifecycle.create(&config);
+        if let Some(bridge) = &mut bridge {
+            bridge.serve(launched.lifecycle.bind().vsock());
+        }
         let running = launched.lifecycle.run();
-        Ok(Self { name: id.to_owned(), launched, created, _running: running })
+        Ok(Self { name: id.to_owned(), launched, created, _running: running, _bridge: bridge })
     }
 
     /// Until it has ended: how, and what there is to say about it is said. Fails if nobody reads that.

@@ -3,7 +3,7 @@
 //! All of that depends on nothing but the machine's shape. Every machine begins so; one that was made ahead stands until its guest
 //! comes, is not charged for the time of waiting, and costs the host the page tables and descriptors of a guest that has touched nothing.
 //!
-//! Limit: a shape is not to be made ahead if its memory is there at once ([`MachineShape::is_lean`]).
+//! Limit: memory that is to be there at once ([`MemoryOptions`]) is there ahead, too; such a shape had better not be prepared.
 
 use crate::machine::MachineError;
 use crate::memory::{GuestMemory, MemoryImage, MemoryOptions};
@@ -46,11 +46,6 @@ impl MachineShape {
             hotplug: None,
             memory: MemoryOptions::default(),
         }
-    }
-
-    /// Whether a machine of this shape costs next to no memory before its guest runs.
-    pub fn is_lean(&self) -> bool {
-        self.memory == MemoryOptions::default()
     }
 
     fn make_memory(&self, image: Option<&MemoryImage>) -> Result<GuestMemory, MachineError> {

@@ -39,7 +39,16 @@ impl SnapshotSource {
         Ok(self.file(file)?.metadata().map_err(WriteError::read(file))?.len())
     }
 
-    fn state(&self) -> Result<Vec<u8>, WriteError> {
+    /// What the guest's state units have saved, and its config. Blocks.
+    ///
+    /// # Errors
+    /// [`WriteError`] if there is none, or it cannot be read or decoded.
+    pub fn state(&self) -> Result<SnapshotState, WriteError> {
+        SnapshotState::decode(&*self.state_bytes()?)
+            .map_err(|error| WriteError::unfit(SnapshotFile::State, format!("it cannot be decoded: {error}")))
+    }
+
+    fn state_bytes(&self) -> Result<Vec<u8>, WriteError> {
         const STATE: SnapshotFile = SnapshotFile::State;
         let bytes = self.length(STATE)?;
         if bytes > MAX_STATE {
@@ -240,21 +249,19 @@ fn ending(manifest: &Manifest, start: u64) -> Result<Body, WriteError> {
 }
 
 /// The manifest of a file without its parts.
-fn manifest(source: &SnapshotSource, state: &[u8]) -> Result<Manifest, WriteError> {
-    let state = SnapshotState::decode(state)
-        .map_err(|error| WriteError::unfit(SnapshotFile::State, format!("it cannot be decoded: {error}")))?;
+fn manifest(source: &SnapshotSource, state: &SnapshotState) -> Result<Manifest, WriteError> {
     let SnapshotInfo { memory_bytes, ref parent, taken_at_us, vps, ref disks, networks, .. } = source.info;
     Ok(Manifest {
         product_version: env!("CARGO_PKG_VERSION").to_owned(),
         parent: parent.clone(),
         taken_at_us,
         memory_bytes,
-        hotplug_bytes: hotplug_bytes(&state)?,
+        hotplug_bytes: hotplug_bytes(state)?,
         data_bytes: 0,
         vps,
         disks: disks.clone(),
         networks,
-        units: unit_entries(&state),
+        units: unit_entries(state),
         parts: Vec::new(),
         base: None,
     })

@@ -40,6 +40,9 @@ pub use save::SavedFile;
 /// The version of the format that is written, and the only one that is read.
 pub const FORMAT: u32 = 1;
 
+/// The version of a state's own format ([`SnapshotState::format`]) that is written, and the only one that is read.
+pub const STATE_FORMAT: u32 = 1;
+
 /// A page: what parts begin at, and what is left out of memory if it is all zeros.
 pub const PAGE: u64 = 4096;
 

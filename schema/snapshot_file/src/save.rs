@@ -42,14 +42,17 @@ impl SavedFile {
             found => found?,
         };
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = match openat(CWD, folder(&path), flags, Mode::RUSR | Mode::WUSR) {
-            Ok(file) => Written::Unnamed(file.into()),
+        match openat(CWD, folder(&path), flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => Ok(Self { file: Written::Unnamed(file.into()), path }),
             // What a file system says that has no such files (open(2)).
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => {
-                Written::Named(unfinished().tempfile_in(folder(&path))?)
-            }
-            Err(error) => return Err(error.into()),
-        };
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => Self::named(path),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// One that has another name meanwhile.
+    pub(crate) fn named(path: PathBuf) -> io::Result<Self> {
+        let file = Written::Named(unfinished().tempfile_in(folder(&path))?);
         Ok(Self { file, path })
     }
 

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
-use guest_client::{ByteStream, GuestConfig, Launched, Observer, SerialChunk, Snapshot};
+use guest_client::{ByteStream, GuestConfig, Launched, MemoryConfig, Observer, SerialChunk, Snapshot};
 use tokio::sync::mpsc;
 
 use super::figure::{Definition, Samples};
 use super::life::Pss;
 use super::warm::WarmService;
-use super::{Group, Rounds, config, first_byte, floor, output};
+use super::{Group, MEMORY_BYTES, Rounds, config, first_byte, floor, output};
 
 const SNAPSHOT: &str = "snapshot";
 const PAUSE: &str = "snapshot-pause";
@@ -50,35 +50,44 @@ pub(super) static GROUP: Group = Group {
 struct Forks(WarmService);
 
 /// A guest that answers what it is told.
-struct Parent {
-    launched: Launched,
+pub(super) struct Parent {
+    pub launched: Launched,
     input: ByteStream,
     output: mpsc::UnboundedReceiver<SerialChunk>,
     observer: Observer,
 }
 
 impl Parent {
-    async fn boot(service: &WarmService) -> anyhow::Result<Self> {
+    /// With so much memory.
+    pub async fn boot(service: &WarmService, memory_bytes: u64) -> anyhow::Result<Self> {
         let (sink, mut output) = output();
         let launched = service.host.launch("")?;
-        let created = launched.lifecycle.create(&config(&launched.lifecycle)?);
+        let memory = MemoryConfig::of_bytes(memory_bytes);
+        let config = GuestConfig { memory, ..config(&launched.lifecycle)? };
+        let created = launched.lifecycle.create(&config);
         let guest = launched.lifecycle.bind();
         let (input, observer) = (guest.serial(sink), guest.observer());
         let _run = launched.lifecycle.run();
-        first_byte(&mut output).await?;
+        line(&mut output).await?;
         created.await?;
         Ok(Self { launched, input, output, observer })
     }
 
     /// Has it write to so much memory.
-    async fn touch(&mut self, mebibytes: u32) -> anyhow::Result<()> {
-        while self.output.try_recv().is_ok() {}
+    pub async fn touch(&mut self, mebibytes: u32) -> anyhow::Result<()> {
         self.input.write(format!("touch {mebibytes}\n").as_bytes()).await?;
-        first_byte(&mut self.output).await
+        line(&mut self.output).await
+    }
+
+    /// The same, and how long that took.
+    pub async fn timed_touch(&mut self, mebibytes: u32) -> anyhow::Result<Duration> {
+        let begin = Instant::now();
+        self.touch(mebibytes).await?;
+        Ok(begin.elapsed())
     }
 
     /// A snapshot, how long that took, and for how long the guest was paused.
-    async fn snapshot(&self) -> anyhow::Result<(Snapshot, Duration, f64)> {
+    pub async fn snapshot(&self) -> anyhow::Result<(Snapshot, Duration, f64)> {
         let begin = Instant::now();
         let snapshot = self.launched.lifecycle.control().snapshot().await?;
         Ok((snapshot, begin.elapsed(), self.last_pause().await?))
@@ -98,9 +107,19 @@ impl Parent {
     }
 }
 
+/// Waits for the end of a line.
+async fn line(output: &mut mpsc::UnboundedReceiver<SerialChunk>) -> anyhow::Result<()> {
+    loop {
+        let chunk = output.recv().await.context("the guest is gone")?;
+        if chunk.bytes.ends_with(b"\n") {
+            return Ok(());
+        }
+    }
+}
+
 impl Forks {
     async fn measure(&self, samples: &mut Samples) -> anyhow::Result<()> {
-        let mut parent = Parent::boot(&self.0).await?;
+        let mut parent = Parent::boot(&self.0, MEMORY_BYTES).await?;
         parent.touch(100).await?;
         self.0.ready(1).await?;
         let (snapshot, call, pause) = parent.snapshot().await?;

@@ -1,6 +1,6 @@
 //! The benchmarks: what a guest's life costs, beside what the bare system calls of the same cost in the same run; and in
-//! [`units`] what a transition of state units costs, beside bare channels, in [`vps`] what VPs cost, in [`devices`] what devices do, and
-//! in [`memory`] what it costs to freeze and restore a guest's memory.
+//! [`units`] what a transition of state units costs, beside bare channels, in [`vps`] what VPs cost, in [`devices`] what devices do, in
+//! [`snapshot`] what a snapshot costs its guest, and in [`memory`] what it costs to freeze and restore a guest's memory.
 //!
 //! Parts: [`figure`] is what is measured and what comes of it; each other module is a group of figures, which `GROUPS` lists.
 //! In every round every group takes its turn, so that whatever else the machine does meanwhile hits the floor and guestd alike.
@@ -20,6 +20,7 @@ mod life;
 mod lost_client;
 pub mod memory;
 mod rpc;
+pub mod snapshot;
 pub mod units;
 pub mod vps;
 mod warm;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use guest_tests::bench::{self, devices, figure, memory, units, vps};
+use guest_tests::bench::{self, devices, figure, memory, snapshot, units, vps};
 use serde::Serialize;
 
 /// Measures guestd beside the bare system calls and channels that it is made of, in the same run.
@@ -41,6 +41,11 @@ enum Benchmark {
     ///
     /// It needs no KVM and no other program.
     Memory(Memory),
+    /// Pauses and snapshots of guests that have written 128 MiB, 1 GiB and 4 GiB, and how fast they write afterwards
+    ///
+    /// It needs /dev/kvm and 10 GiB of memory for the largest. guestd and guest-vmm are those beside this program: `cargo build
+    /// --release --bins` comes first.
+    Snapshot(Snapshot),
     /// Be the client that is killed
     #[command(hide = true)]
     Hold {
@@ -98,6 +103,16 @@ struct Memory {
     rounds: u32,
 }
 
+#[derive(Debug, Args)]
+struct Snapshot {
+    /// How often everything is measured
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Leave out guests that write more than so many MiB
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    most: usize,
+}
+
 fn main() -> anyhow::Result<()> {
     let Arguments { json, allow_debug, benchmark } = Arguments::parse();
     if !allow_debug && !matches!(benchmark, Benchmark::Hold { .. }) {
@@ -109,6 +124,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Vps(vps) => write(json.as_deref(), &measure_vps(vps)?),
         Benchmark::Devices(devices) => write(json.as_deref(), &measure_devices(&devices)?),
         Benchmark::Memory(memory) => write(json.as_deref(), &measure_memory(&memory)?),
+        Benchmark::Snapshot(snapshot) => write(json.as_deref(), &measure_snapshot(&snapshot)?),
         Benchmark::Hold { socket } => block_on(bench::hold(&socket)),
     }
 }
@@ -151,6 +167,14 @@ fn measure_devices(Devices { rounds, folder }: &Devices) -> anyhow::Result<Vec<f
 
 fn measure_memory(Memory { rounds }: &Memory) -> anyhow::Result<Vec<figure::Row>> {
     let rows = memory::measure(*rounds)?;
+    println!("{rounds} rounds");
+    print!("{}", figure::table(&rows));
+    Ok(rows)
+}
+
+fn measure_snapshot(&Snapshot { rounds, most }: &Snapshot) -> anyhow::Result<Vec<figure::Row>> {
+    bench::check_kvm()?;
+    let rows = block_on(snapshot::measure(&snapshot::Plan { most_mib: most, rounds }))?;
     println!("{rounds} rounds");
     print!("{}", figure::table(&rows));
     Ok(rows)

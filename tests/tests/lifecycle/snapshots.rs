@@ -295,11 +295,16 @@ pub async fn a_fork_without_its_disks_is_refused(stage: Stage) -> Story {
         || anyhow::Ok(BlockConfig::raw(fork.lifecycle.file(sector(b"granted!")?), BlockMode::ReadWrite));
     let two = DevicesConfig { block: vec![disk()?, disk()?], ..DevicesConfig::default() };
     for config in [no_grants(), GuestConfig { devices: two, ..no_grants() }] {
-        let (code, detail) = refused(fork.lifecycle.create(&config).await)?;
-        expect("code", code, GuestError::BadConfig)?;
-        says(&detail, "block")?;
+        // Told beforehand as well.
+        for refusal in [snapshot.can_restore(&config).await, fork.lifecycle.create(&config).await] {
+            let (code, detail) = refused(refusal)?;
+            expect("code", code, GuestError::BadConfig)?;
+            says(&detail, &format!("block: the snapshot has 1 disks, and {}", config.devices.block.len()))?;
+        }
     }
-    Ok(fork.lifecycle.create(&disk_granted(disk()?)).await?)
+    let granted = disk_granted(disk()?);
+    snapshot.can_restore(&granted).await?;
+    Ok(fork.lifecycle.create(&granted).await?)
 }
 
 pub async fn snapshots_leave_nothing_in_the_service(stage: Stage) -> Story {

@@ -5,6 +5,7 @@ mod balloon;
 mod block;
 mod board;
 mod console;
+mod forks;
 mod mem;
 mod net;
 mod rng;
@@ -73,6 +74,8 @@ fn main() -> ExitCode {
         test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
         test("linux_is_forked_and_its_fork_again", snapshot::linux_is_forked_and_its_fork_again),
         test("linux_goes_on_from_a_file", snapshot::linux_goes_on_from_a_file),
+        test("linux_goes_on_through_a_chain_of_snapshots", forks::linux_goes_on_through_a_chain_of_snapshots),
+        test("five_forks_of_linux_work_for_themselves", forks::five_forks_of_linux_work_for_themselves),
     ];
     requirements::run(trials, || SHARED.close())
 }

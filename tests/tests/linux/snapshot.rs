@@ -12,27 +12,31 @@ const UNLOAD: &str = "kill $(cat /tmp/load); while pidof sha256sum; do sleep 0.1
 /// Counts in a file, whose every number is on the disk before the next.
 const WRITE_LOAD: &str = "(n=0; while :; do n=$((n+1)); echo $n >/mnt/next; mv /mnt/next /mnt/step; sync; done) >/dev/null 2>&1 & echo $! >/tmp/load; until [ -s /mnt/step ]; do sleep 0.1; done";
 
-fn here(lab: &Lab, command: &str) -> anyhow::Result<String> {
+pub(super) fn here(lab: &Lab, command: &str) -> anyhow::Result<String> {
     let done = lab.run(command, LIMIT)?;
     ensure!(done.status == 0, "{command}: {}", done.output);
     Ok(done.output)
 }
 
 /// A fork of this guest, which is paused meanwhile, so that the copy of its disk is of the same moment.
-fn fork<'lab>(lab: &'lab Lab, service: &str, of: &str, name: &str) -> anyhow::Result<LabGuest<'lab>> {
+pub(super) fn fork<'lab>(
+    lab: &'lab Lab,
+    service: &str,
+    of: &str,
+    name: &str,
+) -> anyhow::Result<LabGuest<'lab>> {
     here(lab, &format!("guestctl {service} pause {of} && cp /tmp/{of}.img /tmp/{name}.img"))?;
     let fork = LabGuest::fork(lab, name, &format!("{service} {of} --disk path=/tmp/{name}.img"))?;
     let up = fork.until(&format!("guestctl {service} ps | grep -q '^{name} .*running'"), "fork", LIMIT);
-    up.with_context(|| here(lab, "cat /tmp/forks.log").unwrap_or_default())?;
+    up.with_context(|| here(lab, "cat /tmp/*.log").unwrap_or_default())?;
     here(lab, &format!("guestctl {service} resume {of}"))?;
     Ok(fork)
 }
 
-/// How far a guest's clock is behind the host's, in seconds.
-fn lag(lab: &Lab, guest: &LabGuest<'_>) -> anyhow::Result<i64> {
+/// How far a guest's time is behind the host's, in seconds.
+pub(super) fn lag(host: &str, guest: &str) -> anyhow::Result<i64> {
     let seconds = |text: &str| text.trim().parse::<i64>().with_context(|| format!("{text:?} is no time"));
-    let before = seconds(&guest.ask("date +%s", LIMIT)?)?;
-    Ok(seconds(&here(lab, "date +%s")?)? - before)
+    Ok(seconds(host)? - seconds(guest)?)
 }
 
 /// A guest with two VPs under load is forked, its fork once more. Each goes on with what it was doing, writes to a disk and to memory
@@ -64,7 +68,8 @@ pub fn linux_is_forked_and_its_fork_again(lab: &Lab) -> anyhow::Result<()> {
         does(&guest, &format!("[ $(cat /tmp/own) = {name} ] && [ $(cat /mnt/own) = {name} ]"))?;
         assert_is_in_order(&guest, 2, 256 * MIB)?;
         does(&guest, "head -c 64 /dev/hwrng | sha256sum")?;
-        let lag = lag(lab, &guest)?;
+        let time = guest.ask("date +%s", LIMIT)?;
+        let lag = lag(&here(lab, "date +%s")?, &time)?;
         ensure!((-2..=10).contains(&lag), "{name} is {lag} seconds behind");
         does(&guest, "echo 3 >/proc/sys/vm/drop_caches")?;
         ensure!(does(&guest, "sha256sum /mnt/kept")? == sum, "{name} has another file");

@@ -46,7 +46,7 @@ fn serve<'lab>(
 }
 
 /// Lets the guest's program `command` answer what the host connects to at `port`.
-fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Result<()> {
+pub(super) fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Result<()> {
     guest.ask(
         &format!("{{ socat -b 65536 -t 100 VSOCK-LISTEN:{port},fork {command} 2>/tmp/err-{port} & }}"),
         LIMIT,
@@ -59,7 +59,7 @@ fn serve_in_guest(guest: &LabGuest<'_>, port: u32, command: &str) -> anyhow::Res
 }
 
 /// The host's command that connects to the guest's `port`, sends what `source` writes, and gives what comes back to `sink`.
-fn connect(port: u32, source: &str, sink: &str) -> String {
+pub(super) fn connect(port: u32, source: &str, sink: &str) -> String {
     format!(
         "(echo CONNECT {port}; {source}) | socat -b 65536 -t 100 - UNIX-CONNECT:vsock.sock | (read -r ok && echo $ok; {sink})"
     )

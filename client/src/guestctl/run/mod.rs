@@ -27,12 +27,11 @@ use output::Output;
 use report::{Clock, Ended, Timings};
 use std::time::Duration;
 use tokio::task::JoinHandle;
-use vsock::Bridge;
 use window::Window;
 
 pub use files::{builtin_guest, in_memory};
 pub use report::Report;
-pub use vsock::VsockOption;
+pub use vsock::{Bridge, VsockOption};
 
 /// How long the service may take to tell how a guest ended whose channel was lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -59,15 +58,16 @@ pub async fn run(options: &Options, run: &Run, out: &Out) -> Outcome {
     report.tell(run.json)
 }
 
-/// Lets a guest go on that was launched from a snapshot, and stays until it has ended.
+/// Lets a guest go on that was launched from a snapshot, and stays until it has ended. `bridge` is to its vsock device.
 pub async fn go_on(
     launched: Launched,
     config: impl FnOnce(&Lifecycle) -> Outcome<GuestConfig>,
+    bridge: Option<Bridge>,
     seat: &Seat<'_>,
     signals: &mut Signals,
     out: &Out,
 ) -> Outcome<Report> {
-    Life::begin(Clock::start(), launched, config, None, seat, out)?.live(signals).await
+    Life::begin(Clock::start(), launched, config, bridge, seat, out)?.live(signals).await
 }
 
 /// What of a guest is here, and what it is called.

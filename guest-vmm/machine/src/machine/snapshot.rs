@@ -5,6 +5,7 @@ use super::Machine;
 use crate::memory::GuestMemory;
 use crate::memory::{FreezeError, Frozen};
 use state_unit::{SaveSupport, SavedStateUnit, StateTransitionError, UnitSaveSupport};
+use std::io;
 
 /// A guest at one moment.
 #[derive(Debug)]
@@ -46,9 +47,9 @@ fn refusal(unit: UnitSaveSupport) -> Option<(String, String)> {
 impl Machine {
     /// Takes a snapshot: the guest's state at one moment, from which it goes on if it runs.
     ///
-    /// All units are asked first, and one that cannot be saved leaves the guest as it is. It is paused for as long as saving takes, and
-    /// the freeze of its memory: some system calls the first time, later also the time to copy what it has written since
-    /// ([`GuestMemory::freeze`]). What is returned can still be changed by nobody but is not complete before it is sealed
+    /// All units are asked first, and one that cannot be saved leaves the guest as it is. The freeze of its memory is prepared while
+    /// it runs ([`GuestMemory::prepare_freeze`]). It is paused for as long as saving takes, and the freeze: some system calls the first
+    /// time, later also the time to copy what it has written since ([`GuestMemory::freeze`]). What is returned can still be changed by nobody but is not complete before it is sealed
     /// ([`Frozen::seal`]), which may block.
     ///
     /// # Errors
@@ -61,6 +62,7 @@ impl Machine {
         }
         let runs = self.units.is_running();
         if runs {
+            self.prepare_freeze().await;
             self.units.pause().await?;
         }
         let taken = self.save_and_freeze().await;
@@ -68,6 +70,18 @@ impl Machine {
             self.units.start().await?;
         }
         taken
+    }
+
+    /// Does beforehand what would take long while the guest stands still. Without it, it does.
+    async fn prepare_freeze(&self) {
+        if self.memory.is_private() {
+            return;
+        }
+        let memory = self.memory.clone();
+        let prepared = tokio::task::spawn_blocking(move || memory.prepare_freeze()).await;
+        if let Err(error) = prepared.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            tracing::warn!(%error, "a freeze could not be prepared: the guest stands still the longer");
+        }
     }
 
     async fn save_and_freeze(&self) -> Result<MachineSnapshot, SnapshotError> {

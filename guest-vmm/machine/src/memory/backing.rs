@@ -110,6 +110,14 @@ impl Backing {
         }
     }
 
+    /// Takes the page tables of a part away, if a freeze would put them aside.
+    pub(super) fn loosen(&self, part: &Range<u64>, shape: &Shape, mapping: &Mapping) -> io::Result<()> {
+        match self {
+            Self::Shared(shared) if shared.can_be_private(shape) => Ok(mapping.forget(part)?),
+            Self::Shared(_) | Self::Private(_) => Ok(()),
+        }
+    }
+
     pub(super) fn discard(&mut self, part: Range<u64>, mapping: &Mapping) -> io::Result<()> {
         match self {
             Self::Shared(shared) => Ok(shared.punch(&part)?),

@@ -93,7 +93,7 @@ impl Backing {
 }
 
 impl Shared {
-    fn can_be_private(&self, shape: &Shape) -> bool {
+    pub(super) fn can_be_private(&self, shape: &Shape) -> bool {
         !(self.is_given_away || shape.options.huge_pages || shape.options.lock)
     }
 

@@ -111,7 +111,8 @@ impl Mapping {
         Ok(aside)
     }
 
-    /// Drops this process's copies of pages in a part: a private mapping shows again what it is of.
+    /// Drops this process's page tables of a part, and its copies of pages with them: a private mapping shows again what it is of, a
+    /// shared one what it showed before.
     pub(super) fn forget(&self, part: &Range<u64>) -> rustix::io::Result<()> {
         let (start, bytes) = self.part(part);
         // SAFETY: changes the contents of memory that only volatile accesses see.

@@ -134,6 +134,24 @@ impl GuestMemory {
         self.backing().replace(image, &self.shape, &self.mapping)
     }
 
+    /// Prepares a freeze while the guest runs, which then stands still the shorter for it: takes the page tables away that would have to
+    /// be put aside. What a hypervisor keeps of these (in KVM each page by itself) goes with them, and that is what takes long. The
+    /// contents stay; a page that is touched again before the freeze is found again.
+    ///
+    /// Blocks for as long as there are pages, about 50 ns each, and the guest for what it touches in the same 2 MiB meanwhile. Does
+    /// nothing to memory that a freeze copies.
+    ///
+    /// # Errors
+    /// The memory is as it was, and can be frozen.
+    pub fn prepare_freeze(&self) -> io::Result<()> {
+        let all = self.mapping.all();
+        let parts = all.clone().step_by(usize::try_from(HUGE_PAGE_BYTES).expect("fits"));
+        parts.map(|start| start..all.end.min(start + HUGE_PAGE_BYTES)).try_for_each(|part| {
+            // Locked anew each time: devices discard pages meanwhile.
+            self.backing().loosen(&part, &self.shape, &self.mapping)
+        })
+    }
+
     /// Freezes the contents. The guest goes on at the same addresses as soon as this returns, with copies of what it writes.
     ///
     /// The VPs and devices must not run, and nobody else write. Blocks for some system calls, or for as long as it takes to copy the

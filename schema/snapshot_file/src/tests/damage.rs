@@ -53,6 +53,15 @@ fn damaged_memory_is_told_when_it_is_asked_for() {
 }
 
 #[test]
+fn memory_that_lies_elsewhere_is_told() {
+    // The same pages in the same order, one page further on.
+    let mut bytes = snapshot();
+    bytes.copy_within(3 * PAGE_BYTES..MEMORY, 2 * PAGE_BYTES);
+    bytes[3 * PAGE_BYTES..MEMORY].fill(0);
+    open_bytes(&bytes).expect("the memory is not looked at").verify_memory(|_, _| {}).expect_err("refused");
+}
+
+#[test]
 fn a_file_that_is_cut_short_is_told() {
     let whole = snapshot();
     let starts = [

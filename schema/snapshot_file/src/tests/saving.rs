@@ -78,3 +78,24 @@ fn what_is_ended_is_not_saved() {
     drop(saved);
     assert_eq!(names(folder.path()), [""; 0]);
 }
+
+#[test]
+fn where_every_file_has_a_name_it_has_another_meanwhile() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("one");
+    save(&path, b"old");
+    for (keep, expected) in [(false, b"old"), (true, b"new")] {
+        let saved = SavedFile::named(path.clone()).expect("created");
+        saved.file().write_all_at(b"new", 0).expect("written");
+        let meanwhile = names(folder.path());
+        let other = meanwhile.iter().find(|name| *name != "one").expect("another name");
+        assert!(other.starts_with('.') && other.ends_with(".partial"), "{other}");
+        if keep {
+            saved.commit().expect("saved")
+        } else {
+            drop(saved)
+        }
+        assert_eq!(std::fs::read(&path).expect("there"), expected);
+        assert_eq!(names(folder.path()), ["one"]);
+    }
+}

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed, munmap};
 
-pub(super) const PAGE: usize = 4096;
+pub(in crate::bench) const PAGE: usize = 4096;
 const ALIGNMENT: usize = 2 << 20;
 /// How many pages the page map is asked for at once.
 const PAGES_AT_ONCE: usize = 1 << 16;
 
 /// A memfd, mapped at an aligned address.
-pub(super) struct BareMemory {
+pub(in crate::bench) struct BareMemory {
     file: File,
     start: *mut c_void,
     bytes: usize,
@@ -28,7 +28,7 @@ pub(super) struct BareMemory {
 
 impl BareMemory {
     /// Mapped shared, with every page written.
-    pub(super) fn touched(bytes: usize) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn touched(bytes: usize) -> anyhow::Result<Self> {
         let memory = Self::of(memfd(bytes)?, bytes, MapFlags::SHARED)?;
         memory.write(0..bytes / PAGE);
         Ok(memory)
@@ -41,7 +41,7 @@ impl BareMemory {
     }
 
     /// Writes to each of these pages.
-    pub(super) fn write(&self, pages: impl Iterator<Item = usize>) {
+    pub(in crate::bench) fn write(&self, pages: impl Iterator<Item = usize>) {
         for page in pages {
             // SAFETY: the page is part of the mapping, to which nobody else refers.
             unsafe { self.start.cast::<u8>().add(page * PAGE).write_volatile(1) };
@@ -49,7 +49,7 @@ impl BareMemory {
     }
 
     /// Moves the mapping aside and maps the file privately in its place.
-    pub(super) fn freeze(&mut self) -> anyhow::Result<Duration> {
+    pub(in crate::bench) fn freeze(&mut self) -> anyhow::Result<Duration> {
         let begin = Instant::now();
         let aside = reserve(self.bytes)?;
         // SAFETY: both ranges are this memory's own, and nobody refers to them.
@@ -61,7 +61,7 @@ impl BareMemory {
     }
 
     /// Unmaps what was put aside.
-    pub(super) fn unmap_aside(&mut self) {
+    pub(in crate::bench) fn unmap_aside(&mut self) {
         if let Some(aside) = self.aside.take() {
             // SAFETY: nobody refers to it.
             let _ = unsafe { munmap(aside, self.bytes) };
@@ -69,7 +69,7 @@ impl BareMemory {
     }
 
     /// Maps the file privately once more, at aligned addresses of its own, and unmaps it.
-    pub(super) fn restore(&self) -> anyhow::Result<Duration> {
+    pub(in crate::bench) fn restore(&self) -> anyhow::Result<Duration> {
         let begin = Instant::now();
         let start = reserve(self.bytes)?;
         map(start, self.bytes, &self.file, MapFlags::PRIVATE)?;
@@ -80,7 +80,7 @@ impl BareMemory {
     }
 
     /// Finds the pages that were written since the freeze, and copies them to a new memfd.
-    pub(super) fn copy_written(&self, pagemap: &File) -> anyhow::Result<Duration> {
+    pub(in crate::bench) fn copy_written(&self, pagemap: &File) -> anyhow::Result<Duration> {
         let begin = Instant::now();
         let layer = memfd(self.bytes)?;
         let mut entries = vec![0; PAGES_AT_ONCE * 8];

@@ -5,7 +5,7 @@
 //!
 //! Limits: no hypervisor, so what it pays for a mapping that changes is not in these figures; no figure fails the run.
 
-mod bare;
+pub(super) mod bare;
 
 use std::fs::File;
 use std::time::{Duration, Instant};

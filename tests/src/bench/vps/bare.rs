@@ -64,16 +64,16 @@ impl BareVp {
 }
 
 /// A virtual machine with all its VPs on threads of their own.
-pub(super) struct BareVps {
+pub(in crate::bench) struct BareVps {
     vps: Vec<BareVp>,
     answers: Receiver<Answer>,
     vm: Arc<VmFd>,
-    pub(super) memory: GuestMemoryMmap,
+    pub(in crate::bench) memory: GuestMemoryMmap,
 }
 
 impl BareVps {
     /// Makes the VPs, about to begin with the program.
-    pub(super) fn new(count: u32, program: Program) -> anyhow::Result<Self> {
+    pub(in crate::bench) fn new(count: u32, program: Program) -> anyhow::Result<Self> {
         install_handler()?;
         let kvm = Arc::new(Kvm::new()?);
         let memory = program.load()?;
@@ -87,7 +87,7 @@ impl BareVps {
     }
 
     /// Has all VPs run.
-    pub(super) fn start(&self) -> anyhow::Result<()> {
+    pub(in crate::bench) fn start(&self) -> anyhow::Result<()> {
         self.run(None)?;
         self.vps.iter().try_for_each(|_| match self.answers.recv()? {
             Answer::Starts => Ok(()),
@@ -101,7 +101,7 @@ impl BareVps {
     }
 
     /// Stops all VPs that run, and says when the last answer's VP was out of the guest.
-    pub(super) fn stop(&self) -> anyhow::Result<Instant> {
+    pub(in crate::bench) fn stop(&self) -> anyhow::Result<Instant> {
         self.vps.iter().try_for_each(BareVp::kick)?;
         let mut last = None;
         for _ in &self.vps {
@@ -111,7 +111,7 @@ impl BareVps {
     }
 
     /// Runs the only VP for so many exits, and says when the first was there and when they were over.
-    pub(super) fn run_exits(&self, exits: u32) -> anyhow::Result<(Instant, Instant)> {
+    pub(in crate::bench) fn run_exits(&self, exits: u32) -> anyhow::Result<(Instant, Instant)> {
         self.run(Some(exits))?;
         let run = self.ended()?;
         Ok((run.first_exit.context("the VP wrote nothing")?, run.ended))
@@ -126,7 +126,7 @@ impl BareVps {
     }
 
     /// Calls `work` with the first VP, which is stopped, on its thread.
-    pub(super) fn call<R: Send + 'static>(
+    pub(in crate::bench) fn call<R: Send + 'static>(
         &self,
         work: impl FnOnce(&mut VcpuFd) -> R + Send + 'static,
     ) -> anyhow::Result<R> {

@@ -10,9 +10,9 @@
 //! Limits: one machine's own /dev/kvm; no figure fails the run. A host that interprets a guest's kernel code has slow exits,
 //! and what is added to them weighs less there.
 
-mod bare;
+pub(super) mod bare;
 mod guest;
-mod program;
+pub(super) mod program;
 mod state;
 mod whole;
 
@@ -252,7 +252,7 @@ async fn states(Pair { bare, guest }: &Pair, tsc: bool, samples: &mut Samples) -
 }
 
 /// Waits until every other thread of this process sleeps: its VPs are stopped, or in HLT.
-fn at_rest() -> anyhow::Result<()> {
+pub(super) fn at_rest() -> anyhow::Result<()> {
     let mut failure = None;
     let quiet = || match others_sleep() {
         Ok(sleep) => sleep,

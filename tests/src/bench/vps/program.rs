@@ -7,17 +7,17 @@ use crate::service::PATIENCE;
 use crate::wait;
 
 /// A guest's memory, in bytes.
-pub(super) const MEMORY_BYTES: usize = 2 << 20;
+pub(in crate::bench) const MEMORY_BYTES: usize = 2 << 20;
 /// Where its code begins.
-pub(super) const CODE: u64 = 0x1000;
+pub(in crate::bench) const CODE: u64 = 0x1000;
 /// The port that [`Program::Write`] writes to.
-pub(super) const PORT: u16 = 0x80;
+pub(in crate::bench) const PORT: u16 = 0x80;
 /// The byte in memory that [`Program::Spin`] counts up.
 const COUNTER: GuestAddress = GuestAddress(0x2000);
 
 /// What all VPs of a guest do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Program {
+pub(in crate::bench) enum Program {
     /// HLT, with interrupts masked.
     Halt,
     /// Count up a byte in memory.
@@ -39,7 +39,7 @@ impl Program {
     }
 
     /// A guest's memory with the program in it.
-    pub(super) fn load(self) -> anyhow::Result<GuestMemoryMmap> {
+    pub(in crate::bench) fn load(self) -> anyhow::Result<GuestMemoryMmap> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)])?;
         memory.write_slice(self.code(), GuestAddress(CODE))?;
         Ok(memory)
@@ -47,7 +47,7 @@ impl Program {
 }
 
 /// Waits until a guest that runs [`Program::Spin`] is seen to count.
-pub(super) fn counts(memory: &GuestMemoryMmap) -> anyhow::Result<()> {
+pub(in crate::bench) fn counts(memory: &GuestMemoryMmap) -> anyhow::Result<()> {
     let read = || memory.read_obj::<u8>(COUNTER).context("the guest's counter");
     let begin = read()?;
     wait::until("a guest that counts", PATIENCE, || read().is_ok_and(|now| now != begin))?;

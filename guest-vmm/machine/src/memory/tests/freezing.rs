@@ -49,6 +49,41 @@ fn the_first_freeze_copies_nothing_and_moves_nothing() {
     assert_eq!(mappings(&file), 1, "what was put aside is gone");
 }
 
+/// Whether this process has a page in its tables.
+fn is_mapped(memory: &GuestMemory, at: u64) -> bool {
+    let mut entry = [0; 8];
+    let page = (memory.host_address() as u64 + at) / PAGE_BYTES;
+    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entry, page * 8).unwrap();
+    u64::from_le_bytes(entry) >> 63 == 1
+}
+
+#[test]
+fn a_prepared_freeze_finds_no_page_tables_and_all_contents() {
+    let memory = memory(8 * MIB);
+    let places = [0, 3 * MIB, 8 * MIB - PAGE_BYTES];
+    places.iter().for_each(|&at| put(&memory, at, 1));
+    memory.prepare_freeze().unwrap();
+    assert!(!places.iter().any(|&at| is_mapped(&memory, at)));
+    // The guest goes on meanwhile.
+    put(&memory, 3 * MIB, 2);
+    let image = frozen(&memory);
+    assert_eq!(image.method, FreezeMethod::Remapped);
+    for memory in [&memory, &restored(&image)] {
+        assert_eq!(places.map(|at| get(memory, at)), [1, 2, 1]);
+    }
+}
+
+#[test]
+fn what_is_copied_is_not_prepared() {
+    let memory = memory(8 * MIB);
+    let first = frozen(&memory);
+    put(&memory, MIB, 1);
+    memory.prepare_freeze().unwrap();
+    assert_eq!((get(&memory, MIB), is_mapped(&memory, MIB)), (1, true), "the guest's own copy");
+    assert_eq!(get(&restored(&frozen(&memory)), MIB), 1);
+    assert_eq!(get(&restored(&first), MIB), 0);
+}
+
 #[test]
 fn what_is_frozen_cannot_be_written_by_anybody() {
     let memory = memory(2 * MIB);

@@ -1,0 +1,206 @@
+//! What a snapshot costs its guest, and what the calls do beside it that have a guest stand still: pause and resume.
+//!
+//! Guests of three sizes (64 MiB more than what they write) write all of it, are snapshotted, write some of it again and are
+//! snapshotted again; another guest is paused and resumed. In every round each figure follows its floor. A round is played once before
+//! the first and not counted.
+//!
+//! Limits: one machine's own /dev/kvm; the largest size needs 10 GiB of the host's memory, `Plan::most_mib` leaves it out;
+//! no figure fails the run.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::figure::{Definition, Row, Samples};
+use super::fork::Parent;
+use super::memory::bare::{BareMemory, PAGE};
+use super::vps::at_rest;
+use super::vps::bare::BareVps;
+use super::vps::program::Program;
+use super::warm::WarmService;
+
+/// What a guest writes between two snapshots.
+const AGAIN_MIB: usize = 10;
+/// The most that a pause may take, whatever else is allowed for it, in µs.
+const PAUSE_BAR: f64 = 1000.0;
+/// Pauses in a round.
+const PAUSES: usize = 20;
+
+const CALL: &str = "call";
+const FLOOR_PAUSE: &str = "floor-pause";
+const PAUSE: &str = "pause";
+const FLOOR_RESUME: &str = "floor-resume";
+const RESUME: &str = "resume";
+
+const OF_CALLS: [Definition; 5] = [
+    time(CALL, "a call that does nothing → answer", None),
+    time(FLOOR_PAUSE, "bare signal → out of KVM_RUN in HLT, and that call", None),
+    bar(PAUSE, "pause call → answer", FLOOR_PAUSE, 1.2),
+    time(FLOOR_RESUME, "bare message → about to enter KVM_RUN, and that call", None),
+    time(RESUME, "resume call → answer", Some(FLOOR_RESUME)),
+];
+
+/// What is measured of guests that write so much.
+struct Size {
+    mib: usize,
+    figures: [Definition; 9],
+}
+
+macro_rules! size {
+    ($mib:literal, $name:literal) => {
+        Size {
+            mib: $mib,
+            figures: [
+                time(concat!("bare-freeze-", $name), "bare mremap and private mmap, all pages written", None),
+                time(
+                    concat!("snapshot-", $name),
+                    "snapshot call → answer, the same written by a guest",
+                    None,
+                ),
+                Definition {
+                    bar: Some(PAUSE_BAR),
+                    ..time(concat!("stands-", $name), "how long the guest stands still for it", None)
+                },
+                time(concat!("loop-", $name), "a guest's write to each of its pages, before", None),
+                time(
+                    concat!("loop-after-", $name),
+                    "the same as soon as the snapshot is taken: each page is copied",
+                    Some(concat!("loop-", $name)),
+                ),
+                time(concat!("loop-later-", $name), "the same once more", Some(concat!("loop-", $name))),
+                time(
+                    concat!("again-bare-", $name),
+                    "1 ms, and 1.2 × a bare scan and copy of 10 MiB written since",
+                    None,
+                ),
+                time(
+                    concat!("again-", $name),
+                    "snapshot call → answer, 10 MiB written since a first one",
+                    None,
+                ),
+                bar(
+                    concat!("again-stands-", $name),
+                    "how long the guest stands still for it",
+                    concat!("again-bare-", $name),
+                    1.0,
+                ),
+            ],
+        }
+    };
+}
+
+const SIZES: [Size; 3] = [size!(128, "128m"), size!(1024, "1g"), size!(4096, "4g")];
+
+const fn time(name: &'static str, what: &'static str, reference: Option<&'static str>) -> Definition {
+    Definition::time(name, what, reference)
+}
+
+const fn bar(name: &'static str, what: &'static str, reference: &'static str, bar: f64) -> Definition {
+    Definition { bar: Some(bar), ..time(name, what, Some(reference)) }
+}
+
+/// What to measure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Guests that write more than so many MiB are left out.
+    pub most_mib: usize,
+    /// How often everything is measured.
+    pub rounds: u32,
+}
+
+/// The figures of a plan.
+pub fn definitions(most_mib: usize) -> Vec<Definition> {
+    let of_sizes = SIZES.iter().filter(|size| size.mib <= most_mib).flat_map(|size| size.figures);
+    OF_CALLS.into_iter().chain(of_sizes).collect()
+}
+
+/// Measures all figures.
+///
+/// # Errors
+/// When a program is not built, or anything that is measured fails.
+pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
+    let service = WarmService::new().await?;
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut samples = Samples::default();
+    for round in 0..=plan.rounds {
+        let mut discarded = Samples::default();
+        let samples = if round == 0 { &mut discarded } else { &mut samples };
+        calls(&service, samples).await?;
+        for size in SIZES.iter().filter(|size| size.mib <= plan.most_mib) {
+            size.bare(samples, &pagemap)?;
+            size.guest(&service, samples).await?;
+            // The memory of its guest goes back to the host first.
+            service.ready(0).await?;
+        }
+    }
+    Ok(samples.rows(&definitions(plan.most_mib)))
+}
+
+/// Pauses and resumes a guest that halts.
+async fn calls(service: &WarmService, samples: &mut Samples) -> anyhow::Result<()> {
+    let bare = BareVps::new(1, Program::Halt)?;
+    let parent = Parent::boot(service, 128 << 20).await?;
+    let control = parent.launched.lifecycle.control();
+    control.opened().await?;
+    for _ in 0..PAUSES {
+        let begin = Instant::now();
+        parent.launched.lifecycle.bind().bound().await?;
+        let call = begin.elapsed();
+        samples.time(CALL, call);
+        let begin = Instant::now();
+        bare.start()?;
+        samples.time(FLOOR_RESUME, begin.elapsed() + call);
+        at_rest()?;
+        let begin = Instant::now();
+        samples.time(FLOOR_PAUSE, bare.stop()? - begin + call);
+        at_rest()?;
+        let begin = Instant::now();
+        control.pause().await?;
+        samples.time(PAUSE, begin.elapsed());
+        let begin = Instant::now();
+        control.resume().await?;
+        samples.time(RESUME, begin.elapsed());
+    }
+    parent.launched.lifecycle.stop().await?;
+    drop((control, parent));
+    service.ready(0).await.map(drop)
+}
+
+impl Size {
+    fn bare(&self, samples: &mut Samples, pagemap: &File) -> anyhow::Result<()> {
+        let mut memory = BareMemory::touched(self.mib << 20)?;
+        samples.time(self.figures[0].name, memory.freeze()?);
+        memory.unmap_aside();
+        memory.write(0..(AGAIN_MIB << 20) / PAGE);
+        let copied = memory.copy_written(pagemap)?;
+        samples.add(self.figures[6].name, PAUSE_BAR + 1.2 * copied.as_secs_f64() * 1e6);
+        Ok(())
+    }
+
+    async fn guest(&self, service: &WarmService, samples: &mut Samples) -> anyhow::Result<()> {
+        let mut add = |figure: usize, value: f64| samples.add(self.figures[figure].name, value);
+        let micros = |time: Duration| time.as_secs_f64() * 1e6;
+        let mib = u32::try_from(self.mib).context("a size")?;
+        let mut parent = Parent::boot(service, ((self.mib + 64) as u64) << 20).await?;
+        parent.touch(mib).await?;
+        add(3, micros(parent.timed_touch(mib).await?));
+        let (first, call, stands) = parent.snapshot().await?;
+        add(1, micros(call));
+        add(2, stands);
+        add(4, micros(parent.timed_touch(mib).await?));
+        add(5, micros(parent.timed_touch(mib).await?));
+        drop((first, parent));
+        service.ready(0).await?;
+        // Another, of which no more than this is written since.
+        let mut parent = Parent::boot(service, ((self.mib + 64) as u64) << 20).await?;
+        parent.touch(mib).await?;
+        let (first, _, _) = parent.snapshot().await?;
+        parent.touch(u32::try_from(AGAIN_MIB)?).await?;
+        let (_, call, stands) = parent.snapshot().await?;
+        add(7, micros(call));
+        add(8, stands);
+        drop(first);
+        Ok(())
+    }
+}
