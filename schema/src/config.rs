@@ -497,8 +497,8 @@ mod tests {
         assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
         let none = message(|builder| {
             builder.get_source().init_saved();
-        });
-        let none = none.config;
+        })
+        .config;
         assert!(none.saved.is_some_and(|saved| saved.file.is_none() && saved.base.is_none()));
     }
 

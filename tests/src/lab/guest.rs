@@ -52,6 +52,15 @@ impl<'lab> LabGuest<'lab> {
         lab.spawn(name, &format!("exec guestctl fork --attach --name {name} {arguments}")).map(LabGuest)
     }
 
+    /// Starts a `guestctl run` in the lab that has the serial port of a guest that goes on from a snapshot's file; it is called `name`,
+    /// which is used as for [`Lab::spawn`]. `arguments` name the file, and grant the disks.
+    ///
+    /// # Errors
+    /// As [`Lab::spawn`].
+    pub fn restored(lab: &'lab Lab, name: &str, arguments: &str) -> Result<Self, LabError> {
+        lab.spawn(name, &format!("exec guestctl run --name {name} {arguments}")).map(LabGuest)
+    }
+
     /// Asks the guest's shell: sends a command, waits for its end, and returns what it has written.
     ///
     /// # Errors

@@ -156,7 +156,7 @@ fn a_layers_pages_of_zeros_may_be_holes_if_it_has_a_list() {
         assert_eq!([0, 4096, MIB].map(|at| byte(&restore(&frozen.image).unwrap(), at)), [0, 6, 0]);
     }
     for (pages, bytes) in
-        [(vec![MIB..2 * MIB + 4096], 2 * MIB + 4096), (vec![0..4096, MIB..3 * MIB], 3 * MIB)]
+        [(vec![0..4096, MIB..2 * MIB + 4096], 2 * MIB + 4096), (vec![0..4096, MIB..3 * MIB], 3 * MIB)]
     {
         let wrong = MemoryImage { layer: Some(listed(pages)), ..image.clone() };
         let text = format!("the memory image's layer has {bytes} bytes, but the memory has 2097152");
