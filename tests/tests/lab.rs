@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use guest_tests::census;
 use guest_tests::lab::{
-    self, Lab, LabError, LabGuest, LabOutput, LabProcessEnd, SharedLab, TapQueues, Toolset,
+    self, Lab, LabError, LabGuest, LabOutput, LabPool, LabProcessEnd, TapQueues, Toolset,
 };
 use guest_tests::process::{Process, Stdin};
 use guest_tests::requirements::{self, Requirement, trial};
@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// For what a guest does, which takes ten times as long.
 const GUEST_LIMIT: Duration = Duration::from_secs(200);
 const LAB: &[Requirement] = &[Requirement::Lab];
-static SHARED: SharedLab = SharedLab::new();
+static LABS: LabPool = LabPool::new();
 
 fn main() -> ExitCode {
     let trials = vec![
@@ -44,17 +44,17 @@ fn main() -> ExitCode {
         trial("the_emulator_dies_with_its_parent", LAB, the_emulator_dies_with_its_parent),
         trial("a_lab_that_is_lost_says_so", LAB, a_lab_that_is_lost_says_so),
     ];
-    requirements::run(trials, || SHARED.close())
+    requirements::run(trials, || LABS.close())
 }
 
-/// A test on the lab that all of them share.
+/// A test on one of the labs that all of them share.
 fn test(name: &str, body: fn(&Lab) -> Result<(), LabError>) -> Trial {
-    trial(name, LAB, move || Ok(body(&*SHARED.get(binaries)?)?))
+    trial(name, LAB, move || LABS.lend(binaries, |lab| Ok(body(lab)?)))
 }
 
 /// As [`test()`], with guests and other company.
 fn story(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
-    trial(name, LAB, move || SHARED.attempt(name, binaries, body))
+    trial(name, LAB, move || LABS.attempt(name, binaries, body))
 }
 
 fn binaries() -> Vec<PathBuf> {

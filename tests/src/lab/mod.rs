@@ -9,7 +9,7 @@
 //! shell takes a program that busybox has too for busybox's: the full one of iproute2 is `/bin/ip`.
 //!
 //! Parts: [`Lab`], [`LabProcess`] for a command in its background, [`LabGuest`] for a guest in it, [`Toolset`] and [`TapQueues`] for what they
-//! are given, [`SharedLab`] for the tests of one binary, [`LabKernel`], [`LabError`]; inside, the kernel's download, the initramfs with its cpio
+//! are given, [`LabPool`] for the tests of one binary, [`LabKernel`], [`LabError`]; inside, the kernel's download, the initramfs with its cpio
 //! format, scripts and tools, and the emulator's command line.
 //!
 //! Limits: correctness and ratios within one run, no absolute times. One command at a time; commands start what is to run
@@ -23,7 +23,7 @@ mod error;
 mod guest;
 mod initramfs;
 mod kernel;
-mod shared;
+mod pool;
 mod stand_in;
 mod tool;
 mod toolset;
@@ -43,7 +43,7 @@ pub use backing::TapQueues;
 pub use error::LabError;
 pub use guest::LabGuest;
 pub use kernel::LabKernel;
-pub use shared::SharedLab;
+pub use pool::LabPool;
 pub use toolset::Toolset;
 
 use emulator::{QEMU, Serve};

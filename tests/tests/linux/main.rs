@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use guest_tests::lab::{self, Lab, LabGuest, LabProcessEnd, SharedLab};
+use guest_tests::lab::{self, Lab, LabGuest, LabPool, LabProcessEnd};
 use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::service::program;
 use libtest_mimic::Trial;
@@ -44,7 +44,7 @@ const COMPLAINTS: [&str; 12] = [
     "ACPI Error",
 ];
 
-static SHARED: SharedLab = SharedLab::new();
+static LABS: LabPool = LabPool::new();
 
 fn main() -> ExitCode {
     let trials = vec![
@@ -72,12 +72,13 @@ fn main() -> ExitCode {
         test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
         test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),
         test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
+        test("linux_is_forked_and_its_fork_again", snapshot::linux_is_forked_and_its_fork_again),
         test("linux_is_forked_under_load", forks::linux_is_forked_under_load),
         test("linux_goes_on_from_a_file", snapshot::linux_goes_on_from_a_file),
         test("linux_goes_on_through_a_chain_of_snapshots", forks::linux_goes_on_through_a_chain_of_snapshots),
         test("five_forks_of_linux_work_for_themselves", forks::five_forks_of_linux_work_for_themselves),
     ];
-    requirements::run(trials, || SHARED.close())
+    requirements::run(trials, || LABS.close())
 }
 
 fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
@@ -85,7 +86,7 @@ fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
         for name in lab::PROJECT_PROGRAMS {
             program(name)?;
         }
-        SHARED.attempt(name, lab::project_binaries, body)
+        LABS.attempt(name, lab::project_binaries, body)
     })
 }
 
