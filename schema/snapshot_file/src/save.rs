@@ -64,10 +64,10 @@ impl SavedFile {
         }
     }
 
-    /// Writes all of a snapshot's file, as [`write`] does, while the disk is at work on what was written before. Blocks.
+    /// Writes all of a snapshot's file, as [`write()`] does, while the disk is at work on what was written before. Blocks.
     ///
     /// # Errors
-    /// As [`write`].
+    /// As [`write()`].
     pub fn write(
         &self,
         encoder: &mut SnapshotEncoder,
