@@ -9,27 +9,15 @@ use guest_client::snapshot_file::{FORMAT, SnapshotFile};
 use guest_client::{Lifecycle, Snapshot};
 use guest_schema::{FileSource, GuestConfig, MemoryConfig};
 use guest_tests::stage::{Player, Running, Stage, Story};
-use processor::scripted::Script;
 
-const SERIAL: u16 = 0x3f8;
-const SLEEP_CONTROL: u16 = 0x600;
+use super::snapshots::writes_to_memory;
+
 /// Memory that the script does not use.
 const PLACE: u64 = 0x18_0000;
 const MEMORY_BYTES: u64 = 2 << 20;
 
 fn folder() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/snapshots"))
-}
-
-/// Tells what is in its memory on each cue, then writes there; the third one is to power off.
-fn guest() -> Vec<u8> {
-    let mut script = Script::new();
-    script.write(PLACE, b"original").out(SERIAL, b"READY\n");
-    for told in [&b"overdone"[..], b"finished"] {
-        script.serial_input(SERIAL, 0x80).read_quad(PLACE, SERIAL).write(PLACE, told).out(SERIAL, b" TOLD\n");
-    }
-    script.serial_input(SERIAL, 0x80).out(SLEEP_CONTROL, &[0x34]).spin();
-    script.to_elf()
 }
 
 async fn cue(running: &Running, words: &str) -> Story {
@@ -49,7 +37,8 @@ async fn write(stage: &Stage, folder: &Path) -> Story {
     std::fs::create_dir(folder)?;
     let player = stage.launch("fixture").await?;
     let memory = MemoryConfig::of_bytes(MEMORY_BYTES);
-    let running = player.play_config(&GuestConfig { memory, ..player.config_of(&guest())? }).await?;
+    let running =
+        player.play_config(&GuestConfig { memory, ..player.config_of(&writes_to_memory(PLACE))? }).await?;
     let whole = folder.join("whole.snapshot");
     save(&player, &whole, None).await?;
     cue(&running, "original TOLD").await?;

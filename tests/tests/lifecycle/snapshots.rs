@@ -207,12 +207,12 @@ pub async fn a_fork_brings_no_kernel(stage: Stage) -> Story {
     Fork { player: fork, running }.ends().await
 }
 
-/// A guest that tells what is in its memory on each cue, and then writes there.
-fn writes_to_memory() -> Vec<u8> {
+/// A guest that tells what is in its memory at a place on each of two cues, and then writes there; the third one is to power off.
+pub(super) fn writes_to_memory(place: u64) -> Vec<u8> {
     let mut script = Script::new();
-    script.write(PLACE, b"original").out(SERIAL, b"READY\n");
+    script.write(place, b"original").out(SERIAL, b"READY\n");
     for told in [&b"overdone"[..], b"finished"] {
-        script.serial_input(SERIAL, 0x80).read_quad(PLACE, SERIAL).write(PLACE, told).out(SERIAL, b" TOLD\n");
+        script.serial_input(SERIAL, 0x80).read_quad(place, SERIAL).write(place, told).out(SERIAL, b" TOLD\n");
     }
     script.serial_input(SERIAL, 0x80).out(SLEEP_CONTROL, &[0x34]).spin();
     script.to_elf()
@@ -220,7 +220,7 @@ fn writes_to_memory() -> Vec<u8> {
 
 pub async fn nobody_sees_what_another_writes(stage: Stage) -> Story {
     let parent = stage.launch("parent").await?;
-    let running = parent.play_config(&parent.config_of(&writes_to_memory())?).await?;
+    let running = parent.play_config(&parent.config_of(&writes_to_memory(PLACE))?).await?;
     let snapshot = snapshot(&parent).await?;
     let first = fork(&stage, &parent.host, &snapshot, "first").await?;
     let second = fork(&stage, &parent.host, &snapshot, "second").await?;
