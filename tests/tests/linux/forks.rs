@@ -1,6 +1,6 @@
 //! Linux under load, through a chain of snapshots, and at work in many guests at once.
 
-use super::snapshot::{fork_granted, here, lag};
+use super::snapshot::{here, lag};
 use super::vsock::{connect, serve as serve_vsock, serve_in_guest};
 use super::{BOOTED, LIMIT, MIB, assert_is_clean, assert_is_in_order, does, power_off, serve};
 use anyhow::{Context, ensure};
@@ -8,7 +8,7 @@ use guest_tests::lab::{Lab, LabGuest, LabProcess, TapQueues, Toolset};
 use guest_tests::requirements::scaled;
 use std::collections::BTreeSet;
 
-/// How many snapshots there are in a chain, at the least 3.
+/// How many snapshots there are in a chain, at the least 3. Scaled twice: each takes as long as a boot.
 const CHAIN: u32 = 50;
 /// How many guests work at once.
 const WORKERS: usize = 5;
@@ -57,9 +57,26 @@ fn one_more_round(guest: &LabGuest<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A fork of this guest with these grants, of which one is a copy of its disk: it is paused meanwhile, so that both are of the same
+/// moment.
+fn fork<'lab>(
+    lab: &'lab Lab,
+    service: &str,
+    of: &str,
+    name: &str,
+    grants: &str,
+) -> anyhow::Result<LabGuest<'lab>> {
+    here(lab, &format!("guestctl {service} pause {of} && cp /tmp/{of}.img /tmp/{name}.img"))?;
+    let fork = LabGuest::fork(lab, name, &format!("{service} {of} {grants}"))?;
+    let up = fork.until(&format!("guestctl {service} ps | grep -q '^{name} .*running'"), "fork", LIMIT);
+    up.with_context(|| here(lab, "cat /tmp/*.log").unwrap_or_default())?;
+    here(lab, &format!("guestctl {service} resume {of}"))?;
+    Ok(fork)
+}
+
 /// A guest with two VPs whose disk, network and sockets are all in use is forked twice: once while it runs, then paused, so that its
 /// disk can be copied. Its load goes on as if nothing had been. The fork verifies what it was writing on a disk of its own, has its own
-/// network and sockets, and a clean file system.
+/// network, sockets and random bytes, and a clean file system. Neither sees what the other writes, in memory or on its disk.
 pub fn linux_is_forked_under_load(lab: &Lab) -> anyhow::Result<()> {
     let service = "--socket /tmp/busy-service.sock";
     let log = serve(lab, "/tmp/busy-service")?;
@@ -69,7 +86,7 @@ pub fn linux_is_forked_under_load(lab: &Lab) -> anyhow::Result<()> {
         lab.make_tap(tap, TapQueues::One, "root", &format!("{host}{PREFIX}"))?;
     }
     let arguments = format!(
-        "{service} --cpus 2 --memory 384M --catch-up-time --disk path=/tmp/busy.img --net tap=tap-busy --vsock path=vsock.sock"
+        "{service} --cpus 2 --memory 384M --catch-up-time --rng --disk path=/tmp/busy.img --net tap=tap-busy --vsock path=vsock.sock"
     );
     let tools = [Toolset::Block, Toolset::Net, Toolset::Vsock];
     let busy = LabGuest::start_with(&tools, lab, "busy", "panic=-1", &arguments).with_context(|| log)?;
@@ -91,13 +108,14 @@ pub fn linux_is_forked_under_load(lab: &Lab) -> anyhow::Result<()> {
     lost.until(&format!("! guestctl {service} ps | grep -q lost-1"), "end of that fork", LIMIT)?;
 
     let grants = "--disk path=/tmp/spare.img,volatile=on --net tap=tap-spare --vsock path=vsock.sock";
-    let spare = fork_granted(lab, service, "busy", "spare", grants)?;
+    let spare = fork(lab, service, "busy", "spare", grants)?;
     one_more_round(&busy)?;
     does(
         &busy,
         "touch /tmp/stop; until [ -e /tmp/end-fio -a -e /tmp/end-iperf -a -e /tmp/end-vsock ]; do sleep 0.2; done",
     )?;
     does(&busy, "! ls /tmp/bad-*")?;
+    does(&busy, "echo busy | tee /tmp/own >/mnt/own; sync")?;
 
     // What it was writing when it was forked is there. Its connections are not.
     does(&spare, "touch /tmp/stop; until [ -e /tmp/end-fio ]; do sleep 0.2; done; [ ! -e /tmp/bad-fio ]")?;
@@ -108,7 +126,10 @@ pub fn linux_is_forked_under_load(lab: &Lab) -> anyhow::Result<()> {
     let _sums = serve_vsock(lab, &spare, 1000, "EXEC:sha256sum")?;
     let [_, _, (_, vsock)] = load(FORKS[0]);
     does(&spare, &vsock)?;
-    for (guest, boots) in [(busy, 1), (spare, 0)] {
+    does(&spare, "[ ! -e /tmp/own ] && [ ! -e /mnt/own ] && echo spare | tee /tmp/own >/mnt/own; sync")?;
+    for (guest, name, boots) in [(busy, "busy", 1), (spare, "spare", 0)] {
+        does(&guest, &format!("[ $(cat /tmp/own) = {name} ] && [ $(cat /mnt/own) = {name} ]"))?;
+        does(&guest, "head -c 64 /dev/hwrng | sha256sum")?;
         does(&guest, "killall iperf3; umount /mnt && e2fsck -fn /dev/vda")?;
         assert_is_in_order(&guest, 2, 384 * MIB)?;
         assert_is_clean(&power_off(&guest)?, boots)?;
@@ -127,7 +148,7 @@ pub fn linux_goes_on_through_a_chain_of_snapshots(lab: &Lab) -> anyhow::Result<(
         .with_context(|| log)?;
     first.saw(BOOTED, 1, LIMIT)?;
     does(&first, "mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")?;
-    let links = scaled(CHAIN).max(3);
+    let links = scaled(scaled(CHAIN)).max(3);
     let mut youngest = first;
     for link in 1..=links {
         let parent = format!("link-{}", link - 1);

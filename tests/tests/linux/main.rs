@@ -72,7 +72,6 @@ fn main() -> ExitCode {
         test("linux_closes_in_every_order", vsock::linux_closes_in_every_order),
         test("linux_has_many_connections_at_once", vsock::linux_has_many_connections_at_once),
         test("what_linux_sends_and_gets_is_whole", vsock::what_linux_sends_and_gets_is_whole),
-        test("linux_is_forked_and_its_fork_again", snapshot::linux_is_forked_and_its_fork_again),
         test("linux_is_forked_under_load", forks::linux_is_forked_under_load),
         test("linux_goes_on_from_a_file", snapshot::linux_goes_on_from_a_file),
         test("linux_goes_on_through_a_chain_of_snapshots", forks::linux_goes_on_through_a_chain_of_snapshots),
