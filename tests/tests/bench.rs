@@ -90,7 +90,7 @@ fn well_formed(row: &Map<String, Value>, rows: &[Map<String, Value>]) -> Story {
     assert!(row.len() == KEYS.len() && KEYS.iter().all(|key| row.contains_key(*key)), "{row:?}");
     let median = row["median"].as_f64().context("a median")?;
     assert!(median > 0.0 && row["p99"].as_f64() >= Some(median), "{row:?}");
-    assert!(["µs", "KiB"].contains(&row["unit"].as_str().context("a unit")?), "{row:?}");
+    assert!(["µs", "KiB", "MiB/s"].contains(&row["unit"].as_str().context("a unit")?), "{row:?}");
     let reference = rows.iter().find(|other| other["name"] == row["reference"]);
     assert_eq!(reference.is_none(), row["reference"].is_null(), "{row:?}");
     let ratio = reference.and_then(|other| Some(median / other["median"].as_f64()?));

@@ -36,6 +36,11 @@ impl Definition {
     pub(super) const fn memory(name: &'static str, what: &'static str) -> Self {
         Self { name, what, unit: "KiB", reference: None, bar: None }
     }
+
+    /// A bandwidth in MiB/s, without a bar.
+    pub(super) const fn rate(name: &'static str, what: &'static str) -> Self {
+        Self { name, what, unit: "MiB/s", reference: None, bar: None }
+    }
 }
 
 /// What was measured of a figure.
@@ -119,7 +124,7 @@ pub(super) fn choose(all: Vec<Definition>, wanted: &[String]) -> anyhow::Result<
 /// The rows as a table.
 pub fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "{:<16} {:>10} {:>10} {:<4} {:>7}  {:<14} {:>5} {:<4} {}\n",
+        "{:<16} {:>10} {:>10} {:<5} {:>7}  {:<14} {:>5} {:<4} {}\n",
         "figure", "median", "p99", "unit", "ratio", "to", "bar", "met", "what"
     );
     for row in rows {
@@ -130,7 +135,7 @@ pub fn table(rows: &[Row]) -> String {
         // Writing into a string cannot fail.
         let _ = writeln!(
             text,
-            "{:<16} {:>10.1} {:>10.1} {:<4} {ratio:>7}  {reference:<14} {bar:>5} {met:<4} {}",
+            "{:<16} {:>10.1} {:>10.1} {:<5} {ratio:>7}  {reference:<14} {bar:>5} {met:<4} {}",
             row.name, row.median, row.p99, row.unit, row.what
         );
     }

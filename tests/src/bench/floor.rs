@@ -1,10 +1,12 @@
 //! The floor: the fewest ioctls that start the built-in guest, in this process, and what it costs to spawn a process at all.
 //!
+//! A guest that goes on from a file is measured likewise: the file mapped privately, its registers set, up to its next byte.
 //! The order is the one that is fast: the memory slot before any interrupt controller, which is split.
 
 // UNSAFETY: guest memory is handed to the kernel by its address.
 #![expect(unsafe_code, reason = "guest memory is handed to the kernel by its address")]
 
+use std::fs::File;
 use std::io::{Cursor, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,12 +15,14 @@ use anyhow::{Context, bail, ensure};
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_segment, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
 use tempfile::TempDir;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 use super::figure::{Definition, Samples};
 use super::{Group, MEMORY_BYTES, Rounds, Setting};
@@ -28,9 +32,13 @@ pub(super) const COLD: &str = "floor-cold";
 pub(super) const SPAWN: &str = "floor-spawn";
 pub(super) const CLOSE: &str = "floor-close";
 
+/// What [`IN_PROCESS`] is, for those who measure it beside their own figures.
+pub(super) const OF_IN_PROCESS: Definition =
+    Definition::time(IN_PROCESS, "bare ioctls, in process: opening /dev/kvm → first byte", None);
+
 pub(super) static GROUP: Group = Group {
     figures: &[
-        Definition::time(IN_PROCESS, "bare ioctls, in process: opening /dev/kvm → first byte", None),
+        OF_IN_PROCESS,
         Definition::time(SPAWN, "spawn and exit of an empty static binary (cc -static)", None),
         Definition::time(COLD, "both of them, one after the other", None),
         Definition::time(CLOSE, "bare closing of VP, VM and memory", None),
@@ -40,6 +48,13 @@ pub(super) static GROUP: Group = Group {
 
 struct Floor {
     empty: EmptyProgram,
+}
+
+/// How long it takes from bare ioctls to a guest's first byte.
+pub(super) fn in_process() -> anyhow::Result<Duration> {
+    let begin = Instant::now();
+    let _vm = BareVm::boot()?;
+    Ok(begin.elapsed())
 }
 
 impl Floor {
@@ -69,10 +84,10 @@ impl Rounds for Floor {
 }
 
 /// A program that does nothing, linked statically.
-struct EmptyProgram(TempDir);
+pub(super) struct EmptyProgram(TempDir);
 
 impl EmptyProgram {
-    fn build() -> anyhow::Result<Self> {
+    pub fn build() -> anyhow::Result<Self> {
         let folder = TempDir::with_prefix("guestd-bench-")?;
         let mut compiler = Command::new("cc")
             .args(["-static", "-O2", "-x", "c", "-", "-o"])
@@ -87,7 +102,7 @@ impl EmptyProgram {
         Ok(Self(folder))
     }
 
-    fn spawn(&self) -> anyhow::Result<Duration> {
+    pub fn spawn(&self) -> anyhow::Result<Duration> {
         let begin = Instant::now();
         let status = Command::new(self.0.path().join("empty")).status()?;
         let spent = begin.elapsed();
@@ -98,29 +113,83 @@ impl EmptyProgram {
 
 /// A guest that has written its first byte. Closed in the order of its fields.
 struct BareVm {
-    _vcpu: VcpuFd,
+    vcpu: VcpuFd,
     _vm: VmFd,
     _memory: GuestMemoryMmap,
 }
 
 impl BareVm {
     fn boot() -> anyhow::Result<Self> {
+        Self::boot_in(|| {
+            Ok(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), usize::try_from(MEMORY_BYTES)?)])?)
+        })
+    }
+
+    /// In memory that is mapped when it is its turn.
+    fn boot_in(map: impl FnOnce() -> anyhow::Result<GuestMemoryMmap>) -> anyhow::Result<Self> {
+        Self::enter(map, |vcpu, memory| {
+            let image = Elf::load(memory, None, &mut Cursor::new(builtin_guest::IMAGE), None)?;
+            enter_protected_mode(vcpu, image.kernel_load.raw_value())
+        })
+    }
+
+    /// Runs to the first byte from the state that `begin` gives it.
+    fn enter(
+        map: impl FnOnce() -> anyhow::Result<GuestMemoryMmap>,
+        begin: impl FnOnce(&VcpuFd, &GuestMemoryMmap) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
         let kvm = Kvm::new()?;
         let vm = kvm.create_vm()?;
         vm.set_tss_address(0xfffb_d000)?;
-        let length = usize::try_from(MEMORY_BYTES)?;
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), length)])?;
+        let memory = map()?;
         set_memory(&vm, &memory)?;
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         split.args[0] = 24;
         vm.enable_cap(&split)?;
-        let image = Elf::load(&memory, None, &mut Cursor::new(builtin_guest::IMAGE), None)?;
         let mut vcpu = vm.create_vcpu(0)?;
         vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
-        enter_protected_mode(&vcpu, image.kernel_load.raw_value())?;
+        begin(&vcpu, &memory)?;
         run_to_first_byte(&mut vcpu)?;
-        Ok(Self { _vcpu: vcpu, _vm: vm, _memory: memory })
+        Ok(Self { vcpu, _vm: vm, _memory: memory })
     }
+}
+
+/// A guest at its first byte: its memory in a file, and its registers.
+pub(super) struct BareSnapshot {
+    file: File,
+    system: kvm_sregs,
+    registers: kvm_regs,
+}
+
+impl BareSnapshot {
+    /// Of a guest whose memory is this file, which is made as long as that is.
+    pub fn take(file: File) -> anyhow::Result<Self> {
+        file.set_len(MEMORY_BYTES)?;
+        let vm = BareVm::boot_in(|| mapped(&file, libc::MAP_SHARED))?;
+        let (system, registers) = (vm.vcpu.get_sregs()?, vm.vcpu.get_regs()?);
+        Ok(Self { file, system, registers })
+    }
+
+    /// How long it takes from bare ioctls, with a private mapping of the file, to the first byte of a guest that goes on from here.
+    pub fn restore(&self) -> anyhow::Result<Duration> {
+        let begin = Instant::now();
+        let _vm = BareVm::enter(
+            || mapped(&self.file, libc::MAP_PRIVATE),
+            |vcpu, _| {
+                vcpu.set_sregs(&self.system)?;
+                Ok(vcpu.set_regs(&self.registers)?)
+            },
+        )?;
+        Ok(begin.elapsed())
+    }
+}
+
+fn mapped(file: &File, sharing: i32) -> anyhow::Result<GuestMemoryMmap> {
+    let (file, length) = (FileOffset::new(file.try_clone()?, 0), usize::try_from(MEMORY_BYTES)?);
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let region = MmapRegion::build(Some(file), length, protection, sharing | libc::MAP_NORESERVE)?;
+    let region = GuestRegionMmap::new(region, GuestAddress(0)).context("the memory ends too high")?;
+    Ok(GuestMemoryMmap::from_regions(vec![region])?)
 }
 
 fn set_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> anyhow::Result<()> {
@@ -158,7 +227,8 @@ fn enter_protected_mode(vcpu: &VcpuFd, entry: u64) -> anyhow::Result<()> {
 
 fn run_to_first_byte(vcpu: &mut VcpuFd) -> anyhow::Result<()> {
     match vcpu.run()? {
-        VcpuExit::IoOut(0x3f8, b"R") => Ok(()),
+        // The second byte is the first one of a guest that goes on from there.
+        VcpuExit::IoOut(0x3f8, b"R" | b"E") => Ok(()),
         other => bail!("the guest's first exit is {other:?}"),
     }
 }

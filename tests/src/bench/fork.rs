@@ -2,12 +2,16 @@
 //!
 //! The parent is another one in each round: its first snapshot moves its memory aside, the second copies what was written since.
 
+use std::fs::File;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use futures::FutureExt;
 use futures::future::LocalBoxFuture;
-use guest_client::{ByteStream, GuestConfig, Launched, MemoryConfig, Observer, SerialChunk, Snapshot};
+use guest_client::{
+    ByteStream, Call, GuestConfig, Host, Launched, Lifecycle, MemoryConfig, Observer, SerialChunk, Snapshot,
+};
 use tokio::sync::mpsc;
 
 use super::figure::{Definition, Samples};
@@ -59,9 +63,9 @@ pub(super) struct Parent {
 
 impl Parent {
     /// With so much memory.
-    pub async fn boot(service: &WarmService, memory_bytes: u64) -> anyhow::Result<Self> {
+    pub async fn boot(host: &Host, memory_bytes: u64) -> anyhow::Result<Self> {
         let (sink, mut output) = output();
-        let launched = service.host.launch("")?;
+        let launched = host.launch("")?;
         let memory = MemoryConfig::of_bytes(memory_bytes);
         let config = GuestConfig { memory, ..config(&launched.lifecycle)? };
         let created = launched.lifecycle.create(&config);
@@ -107,6 +111,66 @@ impl Parent {
     }
 }
 
+/// A guest that has gone on from a snapshot, and has answered.
+pub(super) struct Child {
+    lifecycle: Lifecycle,
+    /// Held for as long as it runs, as whoever looks at its console does.
+    _input: ByteStream,
+    _output: mpsc::UnboundedReceiver<SerialChunk>,
+    _run: Call<()>,
+    id: String,
+    /// How long that took: from its launch, all in one flight, to the first byte of its answer.
+    pub answered: Duration,
+}
+
+impl Child {
+    /// A fork.
+    pub async fn fork(snapshot: &Snapshot) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        Self::told("echo on", begin, snapshot.launch("")?, |_| Ok(GuestConfig::new(None, 0))).await
+    }
+
+    /// One that goes on from a file and is told something.
+    pub async fn restored(host: &Host, file: &Path, told: &str) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        let config =
+            |lifecycle: &Lifecycle| Ok(GuestConfig::restored(lifecycle.file(File::open(file)?), None));
+        Self::told(told, begin, host.launch("")?, config).await
+    }
+
+    async fn told(
+        line: &str,
+        begin: Instant,
+        Launched { lifecycle, exit: _, id }: Launched,
+        config: impl FnOnce(&Lifecycle) -> anyhow::Result<GuestConfig>,
+    ) -> anyhow::Result<Self> {
+        let (sink, mut output) = output();
+        let created = lifecycle.create(&config(&lifecycle)?);
+        let input = lifecycle.bind().serial(sink);
+        let run = lifecycle.run();
+        let line = format!("{line}\n");
+        let written = input.write(line.as_bytes());
+        let (written, first) = futures::join!(written, first_byte(&mut output));
+        let answered = begin.elapsed();
+        // Why there was no guest is what its creation tells.
+        created.await?;
+        written?;
+        first?;
+        Ok(Self { lifecycle, _input: input, _output: output, _run: run, id: id.await?, answered })
+    }
+
+    /// Stops it and lets go of its VMM.
+    pub async fn end(self) -> anyhow::Result<()> {
+        Ok(self.lifecycle.stop().await?)
+    }
+
+    /// Its process.
+    pub async fn pid(&self, host: &Host) -> anyhow::Result<u32> {
+        let guests = host.list().await?;
+        Ok(guests.iter().find(|guest| guest.id == self.id).context("the guest runs")?.pid)
+    }
+}
+
 /// Waits for the end of a line.
 async fn line(output: &mut mpsc::UnboundedReceiver<SerialChunk>) -> anyhow::Result<()> {
     loop {
@@ -119,7 +183,7 @@ async fn line(output: &mut mpsc::UnboundedReceiver<SerialChunk>) -> anyhow::Resu
 
 impl Forks {
     async fn measure(&self, samples: &mut Samples) -> anyhow::Result<()> {
-        let mut parent = Parent::boot(&self.0, MEMORY_BYTES).await?;
+        let mut parent = Parent::boot(&self.0.host, MEMORY_BYTES).await?;
         parent.touch(100).await?;
         self.0.ready(1).await?;
         let (snapshot, call, pause) = parent.snapshot().await?;
@@ -138,24 +202,10 @@ impl Forks {
     }
 
     async fn fork(&self, snapshot: &Snapshot, samples: &mut Samples) -> anyhow::Result<()> {
-        let (sink, mut output) = output();
-        let begin = Instant::now();
-        let Launched { lifecycle, exit: _, id } = snapshot.launch("")?;
-        let created = lifecycle.create(&GuestConfig::new(None, 0));
-        let input = lifecycle.bind().serial(sink);
-        let _run = lifecycle.run();
-        let written = input.write(b"echo on\n");
-        let (written, answered) = futures::join!(written, first_byte(&mut output));
-        samples.time(FORK, begin.elapsed());
-        written?;
-        answered?;
-        created.await?;
-        let id = id.await?;
-        let guests = self.0.host.list().await?;
-        let fork = guests.iter().find(|guest| guest.id == id).context("the fork runs")?;
-        samples.add(MEMORY, Pss::of(fork.pid)?.total_kib);
-        lifecycle.stop().await?;
-        Ok(())
+        let fork = Child::fork(snapshot).await?;
+        samples.time(FORK, fork.answered);
+        samples.add(MEMORY, Pss::of(fork.pid(&self.0.host).await?)?.total_kib);
+        fork.end().await
     }
 }
 

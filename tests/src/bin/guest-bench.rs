@@ -41,7 +41,7 @@ enum Benchmark {
     ///
     /// It needs no KVM and no other program.
     Memory(Memory),
-    /// Pauses and snapshots of guests that have written 128 MiB, 1 GiB and 4 GiB, and how fast they write afterwards
+    /// Pauses and snapshots of guests that have written 128 MiB, 1 GiB and 4 GiB, their files, and guests that go on from them
     ///
     /// It needs /dev/kvm and 10 GiB of memory for the largest. guestd and guest-vmm are those beside this program: `cargo build
     /// --release --bins` comes first.
@@ -111,6 +111,9 @@ struct Snapshot {
     /// Leave out guests that write more than so many MiB
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     most: usize,
+    /// Where files of 2 GiB may be, which are written to disk [default: the folder for temporary files]
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -124,7 +127,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Vps(vps) => write(json.as_deref(), &measure_vps(vps)?),
         Benchmark::Devices(devices) => write(json.as_deref(), &measure_devices(&devices)?),
         Benchmark::Memory(memory) => write(json.as_deref(), &measure_memory(&memory)?),
-        Benchmark::Snapshot(snapshot) => write(json.as_deref(), &measure_snapshot(&snapshot)?),
+        Benchmark::Snapshot(snapshot) => write(json.as_deref(), &measure_snapshot(snapshot)?),
         Benchmark::Hold { socket } => block_on(bench::hold(&socket)),
     }
 }
@@ -172,9 +175,10 @@ fn measure_memory(Memory { rounds }: &Memory) -> anyhow::Result<Vec<figure::Row>
     Ok(rows)
 }
 
-fn measure_snapshot(&Snapshot { rounds, most }: &Snapshot) -> anyhow::Result<Vec<figure::Row>> {
+fn measure_snapshot(Snapshot { rounds, most, folder }: Snapshot) -> anyhow::Result<Vec<figure::Row>> {
     bench::check_kvm()?;
-    let rows = block_on(snapshot::measure(&snapshot::Plan { most_mib: most, rounds }))?;
+    let folder = folder.unwrap_or_else(std::env::temp_dir);
+    let rows = block_on(snapshot::measure(&snapshot::Plan { most_mib: most, rounds, folder }))?;
     println!("{rounds} rounds");
     print!("{}", figure::table(&rows));
     Ok(rows)

@@ -34,6 +34,11 @@ impl BareMemory {
         Ok(memory)
     }
 
+    /// This file, mapped privately.
+    pub(in crate::bench) fn private(file: File, bytes: usize) -> anyhow::Result<Self> {
+        Self::of(file, bytes, MapFlags::PRIVATE)
+    }
+
     fn of(file: File, bytes: usize, flags: MapFlags) -> anyhow::Result<Self> {
         let start = reserve(bytes)?;
         map(start, bytes, &file, flags)?;

@@ -1,13 +1,20 @@
-//! What a snapshot costs its guest, and what the calls do beside it that have a guest stand still: pause and resume.
+//! What a snapshot costs its guest, and what the calls do beside it that have a guest stand still: pause and resume; and what comes
+//! of a snapshot.
 //!
 //! Guests of three sizes (64 MiB more than what they write) write all of it, are snapshotted, write some of it again and are
-//! snapshotted again; another guest is paused and resumed. In every round each figure follows its floor. A round is played once before
-//! the first and not counted.
+//! snapshotted again; another guest is paused and resumed. Parts: `files` are snapshots written to disk and read back, `launches` how
+//! soon guests go on from them, `shares` the memory that all of that takes. In every round each figure follows its floor. A round is
+//! played once before the first and not counted.
 //!
 //! Limits: one machine's own /dev/kvm; the largest size needs 10 GiB of the host's memory, `Plan::most_mib` leaves it out;
 //! no figure fails the run.
 
+mod files;
+mod launches;
+mod shares;
+
 use std::fs::File;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -19,6 +26,7 @@ use super::vps::at_rest;
 use super::vps::bare::BareVps;
 use super::vps::program::Program;
 use super::warm::WarmService;
+use launches::{ColdService, Launches};
 
 /// What a guest writes between two snapshots.
 const AGAIN_MIB: usize = 10;
@@ -107,12 +115,20 @@ pub struct Plan {
     pub most_mib: usize,
     /// How often everything is measured.
     pub rounds: u32,
+    /// Where files may be, twice as large as what the largest of the guests that are exported has written: 1 GiB at the most.
+    pub folder: PathBuf,
 }
 
 /// The figures of a plan.
 pub fn definitions(most_mib: usize) -> Vec<Definition> {
     let of_sizes = SIZES.iter().filter(|size| size.mib <= most_mib).flat_map(|size| size.figures);
-    OF_CALLS.into_iter().chain(of_sizes).collect()
+    let of_files = exports(most_mib).flat_map(|size| size.figures);
+    let of_guests = launches::FIGURES.into_iter().chain(shares::FIGURES);
+    OF_CALLS.into_iter().chain(of_sizes).chain(of_files).chain(of_guests).collect()
+}
+
+fn exports(most_mib: usize) -> impl Iterator<Item = &'static files::Exports> {
+    files::SIZES.iter().filter(move |size| size.mib <= most_mib)
 }
 
 /// Measures all figures.
@@ -120,27 +136,52 @@ pub fn definitions(most_mib: usize) -> Vec<Definition> {
 /// # Errors
 /// When a program is not built, or anything that is measured fails.
 pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
-    let service = WarmService::new().await?;
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let bench = Bench::new(plan).await?;
+    bench.round(&mut Samples::default()).await?;
     let mut samples = Samples::default();
-    for round in 0..=plan.rounds {
-        let mut discarded = Samples::default();
-        let samples = if round == 0 { &mut discarded } else { &mut samples };
-        calls(&service, samples).await?;
-        for size in SIZES.iter().filter(|size| size.mib <= plan.most_mib) {
-            size.bare(samples, &pagemap)?;
-            size.guest(&service, samples).await?;
-            // The memory of its guest goes back to the host first.
-            service.ready(0).await?;
-        }
+    for _ in 0..plan.rounds {
+        bench.round(&mut samples).await?;
     }
     Ok(samples.rows(&definitions(plan.most_mib)))
+}
+
+/// What everything is measured on.
+struct Bench<'a> {
+    plan: &'a Plan,
+    warm: WarmService,
+    cold: ColdService,
+    launches: Launches,
+    pagemap: File,
+}
+
+impl<'a> Bench<'a> {
+    async fn new(plan: &'a Plan) -> anyhow::Result<Self> {
+        let (warm, cold) = (WarmService::new().await?, ColdService::new().await?);
+        let launches = Launches::new(&cold, &plan.folder).await?;
+        Ok(Self { plan, warm, cold, launches, pagemap: File::open("/proc/self/pagemap")? })
+    }
+
+    async fn round(&self, samples: &mut Samples) -> anyhow::Result<()> {
+        let Self { plan, warm, cold, .. } = self;
+        calls(warm, samples).await?;
+        for size in SIZES.iter().filter(|size| size.mib <= plan.most_mib) {
+            size.bare(samples, &self.pagemap)?;
+            size.guest(warm, samples).await?;
+            // The memory of its guest goes back to the host first.
+            warm.ready(0).await?;
+        }
+        for size in exports(plan.most_mib) {
+            size.round(warm, &plan.folder, samples).await?;
+        }
+        self.launches.round(warm, cold, samples).await?;
+        shares::round(warm, cold, samples).await
+    }
 }
 
 /// Pauses and resumes a guest that halts.
 async fn calls(service: &WarmService, samples: &mut Samples) -> anyhow::Result<()> {
     let bare = BareVps::new(1, Program::Halt)?;
-    let parent = Parent::boot(service, 128 << 20).await?;
+    let parent = Parent::boot(&service.host, 128 << 20).await?;
     let control = parent.launched.lifecycle.control();
     control.opened().await?;
     for _ in 0..PAUSES {
@@ -182,7 +223,7 @@ impl Size {
         let mut add = |figure: usize, value: f64| samples.add(self.figures[figure].name, value);
         let micros = |time: Duration| time.as_secs_f64() * 1e6;
         let mib = u32::try_from(self.mib).context("a size")?;
-        let mut parent = Parent::boot(service, ((self.mib + 64) as u64) << 20).await?;
+        let mut parent = Parent::boot(&service.host, ((self.mib + 64) as u64) << 20).await?;
         parent.touch(mib).await?;
         add(3, micros(parent.timed_touch(mib).await?));
         let (first, call, stands) = parent.snapshot().await?;
@@ -193,7 +234,7 @@ impl Size {
         drop((first, parent));
         service.ready(0).await?;
         // Another, of which no more than this is written since.
-        let mut parent = Parent::boot(service, ((self.mib + 64) as u64) << 20).await?;
+        let mut parent = Parent::boot(&service.host, ((self.mib + 64) as u64) << 20).await?;
         parent.touch(mib).await?;
         let (first, _, _) = parent.snapshot().await?;
         parent.touch(u32::try_from(AGAIN_MIB)?).await?;
