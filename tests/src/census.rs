@@ -88,9 +88,11 @@ pub fn proportional_bytes(pid: u32) -> io::Result<u64> {
     kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("process {pid} has no memory")))
 }
 
-/// Whether process `pid` runs: one that has ended and is only waiting to be reaped does not.
+/// Whether process `pid` runs: one that has ended and is only waiting to be reaped does not. Its first thread may end before the
+/// others, and the process ends with the last.
 pub fn runs(pid: u32) -> bool {
-    stat(pid).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X'))
+    let threads = || fs::read_dir(file(pid, "task")).map_or(0, Iterator::count);
+    stat(pid).is_some_and(|stat| !matches!(stat.state, 'Z' | 'X') || threads() > 1)
 }
 
 /// The processes whose parent is `pid`, those that have ended and were not reaped included, in no order.
