@@ -9,9 +9,9 @@ use crate::saved::is_writable;
 use guest_saved_state::machine::snapshot::{SnapshotState, UnitState};
 use guest_schema::{
     ConfigFault, DiskSource, Failure, GuestConfig, GuestError, ImageFormat, MemoryKept, NetBackend,
-    SnapshotFile, SnapshotInfo, VsockConfig, chain, config_capnp,
+    SnapshotFile, SnapshotInfo, VsockConfig, chain,
 };
-use guest_snapshot_file::STATE_FORMAT;
+use guest_snapshot_file::{STATE_FORMAT, config_of};
 use machine::MachineSnapshot;
 use machine::memory::{FreezeMethod, Frozen, FrozenMemory, ImageFile, MemoryImage};
 use prost::Message;
@@ -238,16 +238,12 @@ fn is_sealed(file: &File) -> bool {
 /// # Errors
 /// `snapshotCorrupt`, `snapshotIncompatible` for a format that this version does not know.
 pub(crate) fn decoded(state: SnapshotState) -> Result<(GuestConfig, Vec<SavedStateUnit>), Failure> {
-    let SnapshotState { format, config, units } = state;
-    if format != STATE_FORMAT {
-        let problem = format!("state: its format is {format}, and {STATE_FORMAT} is known here");
-        return Err(Failure::new(GuestError::SnapshotIncompatible, problem));
-    }
+    let config = config_of(&state)?;
     let unit = |UnitState { name, type_name, value }| {
         let state = Some(SavedStateBlob::from_parts(type_name, value));
         SavedStateUnit { name, state }
     };
-    Ok((read_config(&config)?, units.into_iter().map(unit).collect()))
+    Ok((config, state.units.into_iter().map(unit).collect()))
 }
 
 fn corrupt(problem: impl Into<String>) -> Failure {
@@ -263,18 +259,6 @@ fn read_state(file: &File) -> io::Result<SnapshotState> {
     let mut state = vec![0; usize::try_from(bytes).expect("checked above")];
     file.read_exact_at(&mut state, 0)?;
     SnapshotState::decode(&*state).map_err(io::Error::other)
-}
-
-fn read_config(bytes: &[u8]) -> Result<GuestConfig, Failure> {
-    let bad = |problem: &dyn std::fmt::Display| corrupt(format!("state: config: {problem}"));
-    let options = capnp::message::ReaderOptions::new();
-    let message = capnp::serialize::read_message(&mut &*bytes, options).map_err(|error| bad(&error))?;
-    let reader = message.get_root::<config_capnp::guest_config::Reader<'_>>().map_err(|error| bad(&error))?;
-    let read = GuestConfig::read(reader).map_err(|error| bad(&error))?;
-    match &read.faults[..] {
-        [] => Ok(read.config),
-        [fault, ..] => Err(bad(fault)),
-    }
 }
 
 /// A snapshot that a guest is to go on from.

@@ -200,6 +200,13 @@ impl GuestConfig {
         Self { saved: Some(SavedSource { file: Some(file), base }), ..Self::new(None, 0) }
     }
 
+    /// Reads a config that is a message of its own, unpacked, as a snapshot has it. As [`Self::read`].
+    pub fn decode(mut message: &[u8]) -> capnp::Result<ReadConfig> {
+        let options = capnp::message::ReaderOptions::new();
+        let message = capnp::serialize::read_message(&mut message, options)?;
+        Self::read(message.get_root()?)
+    }
+
     /// Reads a config from a message. Exceptions are for messages that break the schema itself.
     pub fn read(reader: wire::guest_config::Reader<'_>) -> capnp::Result<ReadConfig> {
         let (mut faults, mut saved) = (Vec::new(), None);

@@ -4,9 +4,8 @@
 
 use crate::snapshots::Kept;
 use guest_saved_state::saved_state_roots;
-use guest_schema::config_capnp::guest_config;
 use guest_schema::{Failure, GuestConfig, GuestError, ReadConfig, SavedStateKind, chain};
-use guest_snapshot_file::{STATE_FORMAT, SnapshotState, UnitState};
+use guest_snapshot_file::{SnapshotState, UnitState, config_of};
 use std::collections::HashSet;
 use tokio::task::spawn_blocking;
 
@@ -19,27 +18,13 @@ pub(crate) async fn can_restore(kept: &Kept, grants: &ReadConfig) -> Result<(), 
     let state = spawn_blocking(move || source.state()).await;
     let state = state.map_err(|error| Failure::new(GuestError::InternalError, error.to_string()))?;
     let state = state.map_err(|error| corrupt(chain(&error)))?;
-    if state.format != STATE_FORMAT {
-        let problem = format!("state: its format is {}, and {STATE_FORMAT} is known here", state.format);
-        return Err(Failure::new(GuestError::SnapshotIncompatible, problem));
-    }
-    check_grants(&read_config(&state.config)?, grants)?;
+    check_grants(&config_of(&state)?, grants)?;
     check_names(&state, &grants.config)?;
     check_states(&state.units, &grants.config)
 }
 
 fn corrupt(problem: impl Into<String>) -> Failure {
     Failure::new(GuestError::SnapshotCorrupt, problem)
-}
-
-fn read_config(mut bytes: &[u8]) -> Result<GuestConfig, Failure> {
-    let bad = |problem: &dyn std::fmt::Display| corrupt(format!("state: config: {problem}"));
-    let options = capnp::message::ReaderOptions::new();
-    let message = capnp::serialize::read_message(&mut bytes, options).map_err(|error| bad(&error))?;
-    let config = message.get_root::<guest_config::Reader<'_>>().and_then(GuestConfig::read);
-    let config = config.map_err(|error| bad(&error))?;
-    config.faults.first().map_or(Ok(()), |fault| Err(bad(fault)))?;
-    Ok(config.config)
 }
 
 fn check_grants(own: &GuestConfig, grants: &ReadConfig) -> Result<(), Failure> {

@@ -25,6 +25,7 @@ mod open;
 mod output;
 mod pages;
 mod save;
+mod state;
 
 pub use checksum::Checksum;
 pub use encode::{MemoryMade, Piece, SnapshotEncoder, SnapshotSource};
@@ -36,6 +37,7 @@ pub use layout::Part;
 pub use open::SnapshotFile;
 pub use output::{Output, SparseOutput, StreamOutput, write};
 pub use save::SavedFile;
+pub use state::config_of;
 
 /// The version of the format that is written, and the only one that is read.
 pub const FORMAT: u32 = 1;

@@ -3,7 +3,6 @@
 use guest_client::snapshot_file::{Manifest, SnapshotFile, UnitState};
 use guest_client::{BlockMode, GuestConfig, OnReset};
 use guest_saved_state::saved_state_roots;
-use guest_schema::config_capnp::guest_config;
 use indicatif::BinaryBytes;
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -22,10 +21,7 @@ fn utc(us: u64) -> String {
 
 /// The config that is in it, if it can be read.
 fn config(file: &SnapshotFile) -> Result<GuestConfig, String> {
-    let bytes = &mut &file.state().config[..];
-    let message = capnp::serialize::read_message(bytes, capnp::message::ReaderOptions::new());
-    let read = message.and_then(|message| GuestConfig::read(message.get_root::<guest_config::Reader<'_>>()?));
-    read.map(|read| read.config).map_err(|error| error.to_string())
+    GuestConfig::decode(&file.state().config).map(|read| read.config).map_err(|error| error.to_string())
 }
 
 /// What a unit has saved, as text; why not, if this version does not know it.
