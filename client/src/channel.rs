@@ -7,8 +7,8 @@ use capnp_rpc::rpc_twoparty_capnp::Side;
 use guest_transport::{Connection, Descriptors, Limits};
 use rustix::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use tokio::net::UnixStream;
 use tokio::task::spawn_local;
 
 /// One connection, run by a task of its own. The last drop closes the socket at once, whatever is still under way: every
@@ -26,7 +26,8 @@ impl Channel {
             .as_fd()
             .try_clone_to_owned()
             .map_err(|error| ClientError::local("cannot duplicate a socket", error))?;
-        let mut connection = Connection::client(stream, Limits::of_client());
+        let connection = Connection::client(stream, Limits::of_client());
+        let mut connection = connection.map_err(|error| ClientError::local("cannot use a socket", error))?;
         let bootstrap: C = connection.bootstrap(Side::Server);
         let descriptors = connection.descriptors();
         // How it ended is told to every call that was under way.

@@ -17,10 +17,10 @@ use guest_schema::{Failure, Phase, SnapshotFile};
 use guest_transport::broken;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
@@ -56,8 +56,6 @@ impl Lease {
     pub fn new() -> Result<(Self, OwnedFd), ClientError> {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| ClientError::local("cannot make a socket pair", error))?;
-        let theirs =
-            theirs.into_std().map_err(|error| ClientError::local("cannot hand over a socket", error))?;
         let (channel, client) = Channel::open(ours)?;
         Ok((Self { client, files: Files::Descriptors, channel }, theirs.into()))
     }
@@ -130,11 +128,12 @@ impl Host {
     pub async fn connect(path: impl AsRef<Path>) -> Result<Self, ConnectError> {
         let path = path.as_ref();
         let failed = |error| ConnectError::new(path, error);
-        let stream = UnixStream::connect(path).await.map_err(failed)?;
+        let stream = tokio::net::UnixStream::connect(path).await.map_err(failed)?;
+        let stream = stream.into_std().map_err(failed)?;
         Self::over(stream).map_err(|error| failed(std::io::Error::other(error)))
     }
 
-    /// Speaks with a guestd that serves the other end of this socket.
+    /// Speaks with a guestd that serves the other end of this socket, which is made non-blocking.
     pub fn over(stream: UnixStream) -> Result<Self, ClientError> {
         let (channel, client) = Channel::open(stream)?;
         Ok(Self { client, channel })

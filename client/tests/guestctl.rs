@@ -94,7 +94,7 @@ fn serve(listener: UnixListener) {
         listener.set_nonblocking(true).expect("a socket");
         let listener = tokio::net::UnixListener::from_std(listener).expect("a listener");
         while let Ok((stream, _)) = listener.accept().await {
-            HostServer::serve(&Machine::new(), stream);
+            HostServer::serve(&Machine::new(), stream.into_std().expect("a socket"));
         }
     });
 }

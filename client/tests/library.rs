@@ -14,8 +14,8 @@ use guest_schema::guest_capnp::{guest, guest_lifecycle};
 use guest_schema::host_capnp::guest_host;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 
@@ -73,7 +73,7 @@ fn socket_that_shows_writes() -> (UnixStream, std::os::fd::OwnedFd) {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("a pair");
-    (UnixStream::from_std(ours.into()).expect("a stream"), theirs)
+    (ours.into(), theirs)
 }
 
 fn writes_on(socket: &std::os::fd::OwnedFd) -> Vec<Vec<u8>> {

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use arbitrary::Arbitrary;
@@ -24,7 +24,6 @@ use guest_transport::{Connection, Descriptors, Limits};
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::{LocalSet, spawn_local};
 
@@ -182,14 +181,12 @@ struct Vmm {
 
 impl Vmm {
     fn start() -> Self {
-        let (ours, theirs) = StdStream::pair().expect("a pair");
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
         guest_vmm::serve(theirs, Vec::new(), "scripted".parse().expect("a platform")).expect("a VMM");
-        ours.set_nonblocking(true).expect("a socket");
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
         let tasks = LocalSet::new();
         let (lease, descriptors) = tasks.block_on(&runtime, async {
-            let stream = UnixStream::from_std(ours).expect("a socket");
-            let mut connection = Connection::client(stream, Limits::default());
+            let mut connection = Connection::client(ours, Limits::default()).expect("a socket");
             let lease = connection.bootstrap(Side::Server);
             let descriptors = connection.descriptors();
             spawn_local(connection.run());

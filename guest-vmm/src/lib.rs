@@ -39,10 +39,9 @@ use guest_transport::{Connection, Limits};
 use rpc::{Lifecycle, ServiceEnds, VmmChannel};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 use std::time::Duration;
-use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
 
@@ -53,21 +52,19 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 ///
 /// `descriptors` are numbered from 0 as if they had come over the channel; those that come over it follow. Ends no process and
 /// installs nothing process-wide but the handler of the signal that kicks VPs out of the guest.
-pub fn serve(stream: StdStream, descriptors: Vec<OwnedFd>, platform: Platform) -> io::Result<JoinHandle<()>> {
-    stream.set_nonblocking(true)?;
+pub fn serve(
+    stream: UnixStream,
+    descriptors: Vec<OwnedFd>,
+    platform: Platform,
+) -> io::Result<JoinHandle<()>> {
     let runtime = runtime()?;
     std::thread::Builder::new().name("guest-vmm".into()).spawn(move || {
         LocalSet::new().block_on(&runtime, async move {
-            match UnixStream::from_std(stream) {
-                Ok(stream) => {
-                    let (milestones, _) = mpsc::unbounded_channel();
-                    let (driver, handle) = Driver::new(platform, None, milestones);
-                    let driving = spawn_local(driver.drive());
-                    hold_lease(stream, descriptors, &handle, ServiceEnds::default()).await;
-                    end(&handle, driving).await;
-                }
-                Err(error) => tracing::error!(%error, "the channel cannot be used"),
-            }
+            let (milestones, _) = mpsc::unbounded_channel();
+            let (driver, handle) = Driver::new(platform, None, milestones);
+            let driving = spawn_local(driver.drive());
+            hold_lease(stream, descriptors, &handle, ServiceEnds::default()).await;
+            end(&handle, driving).await;
         });
         // The thread ends with the lease, whatever a file on a hung file system still waits for.
         runtime.shutdown_background();
@@ -85,13 +82,9 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
 
 /// Serves the private channel of the service that launched this process, until the lease has ended. The guest's operator may
 /// change the filter of the process's log.
-pub fn serve_service(channel: StdStream, platform: Platform, log: LogFilter) -> io::Result<()> {
-    channel.set_nonblocking(true)?;
+pub fn serve_service(channel: UnixStream, platform: Platform, log: LogFilter) -> io::Result<()> {
     let runtime = runtime()?;
-    let attended = LocalSet::new().block_on(&runtime, async move {
-        attend(UnixStream::from_std(channel)?, platform, log).await;
-        Ok(())
-    });
+    let attended = LocalSet::new().block_on(&runtime, attend(channel, platform, log));
     // The process ends now, whatever a thread of the blocking pool still waits for.
     runtime.shutdown_background();
     attended
@@ -102,7 +95,7 @@ fn service_limits() -> Limits {
     Limits { calls: 1 << 20, call_bytes: 256 << 20, cancelled: 1 << 20, ..Limits::default() }
 }
 
-async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) {
+async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) -> io::Result<()> {
     let (milestones, told) = mpsc::unbounded_channel();
     let (driver, handle) = Driver::new(platform, Some(log), milestones);
     let driving = spawn_local(driver.drive());
@@ -111,7 +104,7 @@ async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) {
         let channel = VmmChannel::new(handle.clone(), descriptors.clone(), attach);
         let channel: vmm::Client = capnp_rpc::new_client(channel);
         channel.client
-    });
+    })?;
     let disconnector = connection.disconnector();
     let service = spawn_local(async move {
         match connection.run().await {
@@ -123,31 +116,23 @@ async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) {
     if let Ok(attached) = attached.await {
         tracing::info!(id = attached.id, "attached");
         let telling = spawn_local(tell(attached.watcher, told));
-        match tokio_stream(attached.lease.into()) {
-            Ok(lease) => {
-                // A shutdown by the service ends the driver while the lease is held.
-                let mut driving = driving;
-                tokio::select! {
-                    () = hold_lease(lease, Vec::new(), &handle, attached.service) => end(&handle, driving).await,
-                    driven = &mut driving => {
-                        if let Err(panic) = driven {
-                            tracing::error!(%panic, "the driver failed");
-                        }
-                    }
+        let lease = hold_lease(attached.lease.into(), Vec::new(), &handle, attached.service);
+        // A shutdown by the service ends the driver while the lease is held.
+        let mut driving = driving;
+        tokio::select! {
+            () = lease => end(&handle, driving).await,
+            driven = &mut driving => {
+                if let Err(panic) = driven {
+                    tracing::error!(%panic, "the driver failed");
                 }
             }
-            Err(error) => tracing::error!(%error, "the lease cannot be used"),
         }
         // The driver is gone, so no milestone follows: once all are told, the service knows how the guest ended.
         let _ = tokio::time::timeout(LAST_WORDS, telling).await;
     }
     let _ = tokio::time::timeout(LAST_WORDS, disconnector).await;
     service.abort();
-}
-
-fn tokio_stream(stream: StdStream) -> io::Result<UnixStream> {
-    stream.set_nonblocking(true)?;
-    UnixStream::from_std(stream)
+    Ok(())
 }
 
 /// Serves the lease until its channel closes.
@@ -162,6 +147,10 @@ async fn hold_lease(
         let lifecycle: guest_lifecycle::Client = capnp_rpc::new_client(lifecycle);
         lifecycle.client
     });
+    let connection = match connection {
+        Ok(connection) => connection,
+        Err(error) => return tracing::error!(%error, "the lease cannot be used"),
+    };
     // A task of its own, so that a panic in a method ends the lease and not the VMM in the middle of things.
     match spawn_local(connection.run()).await {
         Ok(Ok(())) => tracing::debug!("the lease's channel was closed"),

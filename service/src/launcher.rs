@@ -11,11 +11,10 @@ use guest_schema::host_capnp::guest_exit;
 use guest_schema::snapshot_capnp::snapshot;
 use guest_schema::vmm_capnp::snapshot_parts;
 use guest_schema::{Failure, GuestConfig, GuestError};
-use guest_transport::{Descriptors, broken};
+use guest_transport::{Connection, Descriptors, Limits, broken};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use tokio::net::UnixStream;
 
 /// Who launches guests, and what they begin with.
 pub(crate) struct Launcher {
@@ -47,11 +46,10 @@ impl Launcher {
         let no_channel = |error: std::io::Error| {
             Failure::new(GuestError::FailedServiceConnect, format!("no channel for the guest: {error}"))
         };
-        let (ours, theirs) = StdStream::pair().map_err(no_channel)?;
-        let ours =
-            ours.set_nonblocking(true).and_then(|()| UnixStream::from_std(ours)).map_err(no_channel)?;
+        let (ours, theirs) = UnixStream::pair().map_err(no_channel)?;
+        let channel = Connection::client(ours, Limits::of_client()).map_err(no_channel)?;
         let guest = self.start(id, theirs.into(), true)?;
-        Ok((guest, capnp_rpc::new_client(ProxiedLifecycle::new(ours))))
+        Ok((guest, capnp_rpc::new_client(ProxiedLifecycle::new(channel))))
     }
 
     fn start(&self, id: &str, lease: OwnedFd, proxied: bool) -> Result<Rc<Guest>, Failure> {

@@ -33,9 +33,9 @@ use process::Program;
 use snapshots::Snapshots;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::net::UnixStream;
 
 /// How long a client may take until its first message.
 const HANDSHAKE: Duration = Duration::from_secs(30);
@@ -97,7 +97,7 @@ impl Service {
                 capnp_rpc::new_client(Host::new(self.clone(), descriptors.clone(), uid));
             host.client
         });
-        connection.run().await
+        connection.map_err(ConnectionError::from)?.run().await
     }
 
     /// Stops all guests by force and waits until their processes have ended. No guest is launched and no snapshot kept from now on;

@@ -9,11 +9,10 @@ use guest_transport::{Connection, Descriptors, Limits};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::rc::Rc;
-use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, spawn_local};
@@ -37,8 +36,8 @@ impl Program {
     /// # Errors
     /// `failedServiceConnect` if the system starts none.
     pub fn start(&self) -> Result<Rc<Process>, Failure> {
-        let (ours, theirs) = StdStream::pair().map_err(|error| self.failed("no socket pair", &error))?;
-        let channel = ours.set_nonblocking(true).and_then(|()| UnixStream::from_std(ours));
+        let (ours, theirs) = UnixStream::pair().map_err(|error| self.failed("no socket pair", &error))?;
+        let channel = Connection::client(ours, Limits::of_client());
         let channel = channel.map_err(|error| self.failed("no channel", &error))?;
         let child = self.spawn(theirs.into()).map_err(|error| self.failed("cannot be started", &error))?;
         Ok(Process::new(child, channel))
@@ -100,8 +99,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    fn new(mut child: Child, channel: UnixStream) -> Rc<Self> {
-        let mut connection = Connection::client(channel, Limits::of_client());
+    fn new(mut child: Child, mut connection: Connection) -> Rc<Self> {
         let pid = child.id().unwrap_or(0);
         let process = Rc::new(Self {
             pid,

@@ -2,9 +2,8 @@
 
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use guest_schema::guest_capnp::guest_lifecycle as lifecycle;
-use guest_transport::{Connection, Limits};
+use guest_transport::Connection;
 use std::rc::Rc;
-use tokio::net::UnixStream;
 use tokio::task::{AbortHandle, spawn_local};
 
 /// Forwards every call over a channel of its own. The last reference to it is the lease: its end closes the channel.
@@ -15,8 +14,7 @@ pub(crate) struct ProxiedLifecycle {
 
 impl ProxiedLifecycle {
     /// A lifecycle over this channel.
-    pub fn new(stream: UnixStream) -> Self {
-        let mut connection = Connection::client(stream, Limits::of_client());
+    pub fn new(mut connection: Connection) -> Self {
         let inner = connection.bootstrap(Side::Server);
         let channel = spawn_local(async move {
             if let Err(error) = connection.run().await {

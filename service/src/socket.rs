@@ -46,10 +46,10 @@ pub struct Listening {
 
 impl Listening {
     /// The next client, and its user.
-    pub async fn accept(&self) -> io::Result<(tokio::net::UnixStream, u32)> {
+    pub async fn accept(&self) -> io::Result<(UnixStream, u32)> {
         let (stream, _) = self.listener.accept().await?;
         let uid = stream.peer_cred()?.uid();
-        Ok((stream, uid))
+        Ok((stream.into_std()?, uid))
     }
 }
 

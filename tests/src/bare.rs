@@ -3,7 +3,7 @@
 //! Everything belongs to one thread and needs a tokio `LocalSet`, as the client library does.
 
 use std::io;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -14,7 +14,6 @@ use guest_schema::common_capnp::output_sink;
 use guest_schema::guest_capnp::guest_lifecycle;
 use guest_schema::host_capnp::guest_host;
 use guest_transport::{Connection, ConnectionError, Descriptors, Limits};
-use tokio::net::UnixStream;
 use tokio::task::{JoinHandle, spawn_local};
 
 use crate::console::{Console, ConsoleWriter};
@@ -33,9 +32,8 @@ impl<C: FromClientHook> Bare<C> {
     ///
     /// # Errors
     /// When the socket cannot be used.
-    pub fn over(stream: StdStream) -> io::Result<Self> {
-        stream.set_nonblocking(true)?;
-        let mut connection = Connection::client(UnixStream::from_std(stream)?, Limits::default());
+    pub fn over(stream: UnixStream) -> io::Result<Self> {
+        let mut connection = Connection::client(stream, Limits::default())?;
         let client = connection.bootstrap(Side::Server);
         let descriptors = connection.descriptors();
         Ok(Self { client, descriptors, connection: spawn_local(connection.run()) })
@@ -54,15 +52,15 @@ impl Bare<guest_host::Client> {
     /// # Errors
     /// When nobody listens there.
     pub fn connect(socket: &Path) -> io::Result<Self> {
-        Self::over(StdStream::connect(socket)?)
+        Self::over(UnixStream::connect(socket)?)
     }
 
     /// Launches a VMM and returns this side's end of its lease's channel, and the launch's answer once it has come.
     ///
     /// # Errors
     /// When the launch fails.
-    pub async fn launch_channel(&self, id: &str) -> anyhow::Result<StdStream> {
-        let (ours, theirs) = StdStream::pair()?;
+    pub async fn launch_channel(&self, id: &str) -> anyhow::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
         let mut request = self.client.launch_request();
         request.get().set_server_end(self.descriptors.push(theirs.into()));
         request.get().set_id(id);

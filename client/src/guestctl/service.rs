@@ -6,9 +6,9 @@ use guest_client::{ConnectError, Host};
 use guest_schema::chain;
 use guest_service::{Service, ServiceConfig};
 use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
-use tokio::net::UnixStream;
 use tokio::task::spawn_local;
 
 /// A service that this command may use.

@@ -16,8 +16,8 @@ use guest_transport::{Connection, Descriptors, Limits, broken};
 use snapshot::{DISKS, Snapshot};
 use std::cell::RefCell;
 use std::io::{Read, Seek};
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::spawn_local;
 
@@ -116,7 +116,7 @@ impl Machine {
         });
         let machine = self.clone();
         spawn_local(async move {
-            let _ = connection.run().await;
+            let _ = connection.expect("a socket").run().await;
             machine.end(Exit::forced("the lease ended"));
         });
     }
@@ -526,7 +526,7 @@ impl HostServer {
             let client: guest_host::Client = capnp_rpc::new_client(server);
             client.client
         });
-        spawn_local(connection.run());
+        spawn_local(connection.expect("a socket").run());
     }
 }
 
@@ -548,7 +548,7 @@ impl guest_host::Server for HostServer {
             failure.write(results.get().init_error());
             return Ok(());
         }
-        self.machine.serve(UnixStream::from_std(end.into())?);
+        self.machine.serve(end.into());
         results.get().set_id(id);
         results.get().set_exit(capnp_rpc::new_client(ExitOf(self.machine.clone())));
         Ok(())

@@ -15,11 +15,10 @@ use state_unit::{
 };
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::net::UnixStream;
 
 /// Set, it makes this binary serve a unit; its value names the operation that never ends, if any.
 const SERVE: &str = "REMOTE_UNIT_SERVES";
@@ -145,15 +144,12 @@ impl served::Server for Counter {
 
 async fn serve(hangs: String) {
     let socket: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned().expect("a standard input");
-    let socket = StdUnixStream::from(socket);
-    socket.set_nonblocking(true).expect("a socket");
-    let stream = UnixStream::from_std(socket).expect("a socket");
-    let connection = Connection::server(stream, Limits::default(), |_| {
+    let connection = Connection::server(socket.into(), Limits::default(), |_| {
         let client: served::Client = capnp_rpc::new_client(Counter { starts: Cell::new(0), hangs });
         client.client
     });
     // The end of the tests' end is this process's end.
-    let _ = connection.run().await;
+    let _ = connection.expect("a socket").run().await;
 }
 
 /// A unit's process.
@@ -164,15 +160,13 @@ struct Peer {
 
 impl Peer {
     fn start(hangs: &str) -> Self {
-        let (here, there) = StdUnixStream::pair().expect("a pair");
+        let (here, there) = UnixStream::pair().expect("a pair");
         let child = Command::new(std::env::current_exe().expect("this binary"))
             .env(SERVE, hangs)
             .stdin(Stdio::from(OwnedFd::from(there)))
             .spawn()
             .expect("started");
-        here.set_nonblocking(true).expect("a socket");
-        let mut connection =
-            Connection::client(UnixStream::from_std(here).expect("a socket"), Limits::of_client());
+        let mut connection = Connection::client(here, Limits::of_client()).expect("a socket");
         let client = connection.bootstrap(Side::Server);
         tokio::task::spawn_local(connection.run());
         Self { child, client }

@@ -7,13 +7,15 @@ use capnp::capability::{Client, FromClientHook};
 use capnp_rpc::rpc_twoparty_capnp::Side;
 use capnp_rpc::{Disconnector, RpcSystem, twoparty};
 use futures::io::{BufReader, BufWriter};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::net::UnixStream;
 
-/// Bytes buffered in each direction, so that a burst of small messages is one system call.
-const BUFFER: usize = 128 << 10;
+/// Bytes buffered in each direction, so that a burst of small messages is one system call. What is larger goes past the buffer; a
+/// buffer is no larger, for a process that opens its first channel pays for each page of it.
+const BUFFER: usize = 16 << 10;
 
 /// How many bytes of stream calls may be in flight.
 const WINDOW: usize = 1 << 20;
@@ -30,6 +32,9 @@ pub enum ConnectionError {
     /// The peer sent what is no message, or ended with an error, or the socket failed. The text is fit for a log.
     #[error("the connection failed: {0}")]
     Failed(String),
+    /// The socket could not be used from the beginning.
+    #[error("the socket cannot be used")]
+    Socket(#[from] io::Error),
 }
 
 /// One connection. It lives as long as [`Connection::run`] is polled; dropping that future closes it at once.
@@ -40,27 +45,37 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// The accepting end: `bootstrap` makes the capability that the peer finds here.
+    /// The accepting end: `bootstrap` makes the capability that the peer finds here. The socket is made non-blocking. Has to be called
+    /// in a runtime, as the others.
+    ///
+    /// # Errors
+    /// If the socket cannot be registered with the runtime.
     pub fn server(
         stream: UnixStream,
         limits: Limits,
         bootstrap: impl FnOnce(&Descriptors) -> Client,
-    ) -> Self {
+    ) -> io::Result<Self> {
         Self::server_with(stream, Vec::new(), limits, bootstrap)
     }
 
     /// As [`Connection::server`], with descriptors that count as received already, numbered from 0.
+    ///
+    /// # Errors
+    /// The same.
     pub fn server_with(
         stream: UnixStream,
         received: Vec<OwnedFd>,
         limits: Limits,
         bootstrap: impl FnOnce(&Descriptors) -> Client,
-    ) -> Self {
+    ) -> io::Result<Self> {
         Self::new(stream, received, limits, Side::Server, |descriptors| Some(bootstrap(descriptors)))
     }
 
     /// The connecting end.
-    pub fn client(stream: UnixStream, limits: Limits) -> Self {
+    ///
+    /// # Errors
+    /// The same.
+    pub fn client(stream: UnixStream, limits: Limits) -> io::Result<Self> {
         Self::new(stream, Vec::new(), limits, Side::Client, |_| None)
     }
 
@@ -70,9 +85,9 @@ impl Connection {
         limits: Limits,
         side: Side,
         bootstrap: impl FnOnce(&Descriptors) -> Option<Client>,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let meter = Meter::new(limits);
-        let (read, write, descriptors) = Descriptors::over(stream, received);
+        let (read, write, descriptors) = Descriptors::over(stream, received)?;
         // Metered behind the buffer: what a message cost is what it took from there.
         let read = MeteredRead { inner: BufReader::with_capacity(BUFFER, read), meter: meter.clone() };
         let write = BufWriter::with_capacity(BUFFER, MeteredWrite { inner: write, meter: meter.clone() });
@@ -80,7 +95,7 @@ impl Connection {
         network.set_window_size(WINDOW);
         let bounded = Bounded { network, meter: meter.clone() };
         let system = RpcSystem::new(Box::new(bounded), bootstrap(&descriptors));
-        Self { system, descriptors, meter }
+        Ok(Self { system, descriptors, meter })
     }
 
     /// The bootstrap capability of the peer. Calls on it may be made at once; they go out when the connection runs.

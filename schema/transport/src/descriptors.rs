@@ -4,6 +4,9 @@
 //! descriptors of one direction from 0. Since a message that names a number is written after the push, the descriptor is there
 //! when the message is read.
 
+// UNSAFETY: the runtime waits for descriptors by number, so somebody has to promise that they stay open.
+#![expect(unsafe_code, reason = "the runtime waits for descriptors by number")]
+
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -14,11 +17,12 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use tokio::io::Interest;
-use tokio::net::UnixStream;
+use tokio::io::unix::AsyncFd;
 
 /// How many received descriptors may wait to be taken; one more ends the connection.
 pub const MAX_WAITING: usize = 512;
@@ -38,7 +42,10 @@ pub enum DescriptorError {
 }
 
 struct Shared {
-    stream: UnixStream,
+    /// Registered for reading alone: whoever waits for room in a socket is woken whenever its peer has read from it.
+    stream: AsyncFd<OwnedFd>,
+    /// The socket once more, while there is no room in it.
+    full: RefCell<Option<AsyncFd<OwnedFd>>>,
     outgoing: RefCell<VecDeque<OwnedFd>>,
     sent: Cell<u64>,
     waiting: RefCell<HashMap<u64, OwnedFd>>,
@@ -68,20 +75,28 @@ impl Descriptors {
         self.0.waiting.borrow_mut().clear();
         self.0.outgoing.borrow_mut().clear();
         // Fails only if the peer has closed it already.
-        let _ = rustix::net::shutdown(self.0.stream.as_fd(), Shutdown::Both);
+        let _ = rustix::net::shutdown(self.0.stream.get_ref(), Shutdown::Both);
     }
 
     /// The socket's two halves, and the descriptors that travel on them.
-    pub(crate) fn over(stream: UnixStream, received: Vec<OwnedFd>) -> (ReadHalf, WriteHalf, Self) {
+    ///
+    /// # Errors
+    /// If the socket cannot be registered with the runtime.
+    pub(crate) fn over(
+        stream: UnixStream,
+        received: Vec<OwnedFd>,
+    ) -> io::Result<(ReadHalf, WriteHalf, Self)> {
+        stream.set_nonblocking(true)?;
         let count = received.len() as u64;
         let shared = Rc::new(Shared {
-            stream,
+            stream: watch(stream.into(), Interest::READABLE)?,
+            full: RefCell::default(),
             outgoing: RefCell::default(),
             sent: Cell::new(0),
             waiting: RefCell::new((0..).zip(received).collect()),
             received: Cell::new(count),
         });
-        (ReadHalf(shared.clone()), WriteHalf(shared.clone()), Self(shared))
+        Ok((ReadHalf(shared.clone()), WriteHalf(shared.clone()), Self(shared)))
     }
 }
 
@@ -90,8 +105,12 @@ impl Shared {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PER_READ))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(buffer)];
-        let message =
-            rustix::net::recvmsg(self.stream.as_fd(), parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        let message = rustix::net::recvmsg(
+            self.stream.get_ref().as_fd(),
+            parts,
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
         for part in control.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = part {
                 self.keep(descriptors)?;
@@ -117,6 +136,12 @@ impl Shared {
         Ok(())
     }
 
+    /// Registers the socket a second time, for writing.
+    fn watch_for_room(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let duplicate = self.stream.get_ref().as_fd().try_clone_to_owned()?;
+        watch(duplicate, Interest::WRITABLE)
+    }
+
     fn send(&self, buffer: &[u8]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.borrow_mut();
         let count = outgoing.len().min(PER_WRITE);
@@ -129,13 +154,20 @@ impl Shared {
         // A message must not be complete before its last descriptor has gone: send one byte at a time until the rest fits.
         let bytes = if outgoing.len() > count { &buffer[..buffer.len().min(1)] } else { buffer };
         let parts = &[IoSlice::new(bytes)];
-        let written = rustix::net::sendmsg(self.stream.as_fd(), parts, &mut control, SendFlags::NOSIGNAL)?;
+        let written =
+            rustix::net::sendmsg(self.stream.get_ref().as_fd(), parts, &mut control, SendFlags::NOSIGNAL)?;
         drop(borrowed);
         if written > 0 {
             outgoing.drain(..count);
         }
         Ok(written)
     }
+}
+
+/// Registers a socket with the runtime.
+fn watch(socket: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor is open, and the same one, for as long as it is owned.
+    Ok(unsafe { AsyncFd::register_with_interest(socket, interest) }?)
 }
 
 /// The socket for reading.
@@ -145,11 +177,11 @@ impl futures::AsyncRead for ReadHalf {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let shared = &self.0;
         loop {
-            ready!(shared.stream.poll_read_ready(cx))?;
-            match shared.stream.try_io(Interest::READABLE, || shared.receive(buffer)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                done => return Poll::Ready(done),
+            let mut ready = ready!(shared.stream.poll_read_ready(cx))?;
+            match ready.try_io(|_| shared.receive(buffer)) {
+                Err(_would_block) => {}
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(done) => return Poll::Ready(done),
             }
         }
     }
@@ -161,12 +193,21 @@ pub(crate) struct WriteHalf(Rc<Shared>);
 impl futures::AsyncWrite for WriteHalf {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
         let shared = &self.0;
+        let mut full = shared.full.borrow_mut();
         loop {
-            ready!(shared.stream.poll_write_ready(cx))?;
-            match shared.stream.try_io(Interest::WRITABLE, || shared.send(buffer)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            match shared.send(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                done => return Poll::Ready(done),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if full.is_none() {
+                        *full = Some(shared.watch_for_room()?);
+                    }
+                    let room = full.as_ref().expect("made above");
+                    ready!(room.poll_write_ready(cx))?.clear_ready();
+                }
+                done => {
+                    *full = None;
+                    return Poll::Ready(done);
+                }
             }
         }
     }
@@ -176,7 +217,7 @@ impl futures::AsyncWrite for WriteHalf {
     }
 
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match rustix::net::shutdown(self.0.stream.as_fd(), Shutdown::Write) {
+        match rustix::net::shutdown(self.0.stream.get_ref(), Shutdown::Write) {
             Ok(()) | Err(Errno::NOTCONN) => Poll::Ready(Ok(())),
             Err(error) => Poll::Ready(Err(error.into())),
         }

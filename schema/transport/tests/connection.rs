@@ -6,12 +6,12 @@ use capnp_rpc::rpc_twoparty_capnp::Side;
 use guest_schema::common_capnp::file;
 use guest_schema::{Failure, GuestError};
 use guest_transport::{Connection, ConnectionError, Descriptors, Limit, Limits, broken, failure_of};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
 /// A `File` whose contents is behind a descriptor: `read(n)` answers what the descriptor numbered n holds.
@@ -44,11 +44,11 @@ fn serve(limits: Limits) -> (UnixStream, Served) {
         let shelf: file::Client = capnp_rpc::new_client(Shelf(descriptors.clone()));
         shelf.client
     });
-    (theirs, spawn_local(connection.run()))
+    (theirs, spawn_local(connection.expect("a socket").run()))
 }
 
 fn client(stream: UnixStream) -> (file::Client, Descriptors, Served) {
-    let mut connection = Connection::client(stream, Limits::default());
+    let mut connection = Connection::client(stream, Limits::default()).expect("a socket");
     let file = connection.bootstrap(Side::Server);
     let descriptors = connection.descriptors();
     (file, descriptors, spawn_local(connection.run()))
@@ -82,6 +82,26 @@ async fn descriptors_arrive_with_the_message_that_names_them() {
             let answer = answer.await.expect("the descriptor was there");
             let bytes = answer.get().and_then(|results| results.get_bytes()).expect("bytes");
             assert_eq!(bytes, format!("text {round}").as_bytes());
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn answers_that_no_socket_takes_at_once_arrive_whole() {
+    locally(async {
+        let (stream, _served) = serve(Limits::default());
+        let (file, descriptors, _running) = client(stream);
+        for round in 0..3u8 {
+            let text = vec![round; 1 << 20];
+            let mut large = tempfile::tempfile().expect("a file");
+            large.write_all(&text).and_then(|()| large.rewind()).expect("written");
+            let mut request = file.read_request();
+            request.get().set_offset(descriptors.push(large.into()));
+            let answer = tokio::time::timeout(Duration::from_secs(60), request.send().promise).await;
+            let answer = answer.expect("room is waited for, and noticed").expect("an answer");
+            let bytes = answer.get().and_then(|results| results.get_bytes()).expect("bytes");
+            assert!(bytes == text, "round {round}");
         }
     })
     .await;
@@ -149,8 +169,15 @@ fn bytes_of(fill: impl FnOnce(message::Builder<'_>)) -> Vec<u8> {
     bytes
 }
 
+/// A peer that writes what it likes.
+fn raw(limits: Limits) -> (tokio::net::UnixStream, Served) {
+    let (stream, served) = serve(limits);
+    stream.set_nonblocking(true).expect("a socket");
+    (tokio::net::UnixStream::from_std(stream).expect("a socket"), served)
+}
+
 async fn send_raw(bytes: &[u8], limits: Limits) -> Result<(), ConnectionError> {
-    let (mut stream, served) = serve(limits);
+    let (mut stream, served) = raw(limits);
     stream.write_all(bytes).await.expect("the socket takes it");
     stream.shutdown().await.expect("half closed");
     served.await.expect("no panic")
@@ -189,7 +216,7 @@ async fn a_peer_that_stays_silent_is_cut_off() {
 async fn a_peer_that_does_not_read_is_cut_off() {
     locally(async {
         let limits = Limits { queued_soft: usize::MAX, queued_hard: 1 << 20, ..Limits::default() };
-        let (mut stream, served) = serve(limits);
+        let (mut stream, served) = raw(limits);
         let mut question = 0;
         while !served.is_finished() {
             let ask = bytes_of(|message| message.init_bootstrap().set_question_id(question));

@@ -14,11 +14,10 @@ use guest_service::{Service, ServiceConfig};
 use guest_transport::{Connection, Descriptors, Limits};
 use libtest_mimic::{Arguments, Trial};
 use stand_in::Parts;
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tokio::net::UnixStream;
 use tokio::task::{JoinHandle, spawn_local};
 
 /// How long anything may take.
@@ -98,14 +97,14 @@ impl Client {
     fn of(service: &Rc<Service>, uid: u32) -> anyhow::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         spawn_local(service.clone().serve(theirs, uid));
-        let mut connection = Connection::client(ours, Limits::of_client());
+        let mut connection = Connection::client(ours, Limits::of_client())?;
         let (host, descriptors) = (connection.bootstrap(Side::Server), connection.descriptors());
         let connection = spawn_local(async move { drop(connection.run().await) });
         Ok(Self { host, descriptors, connection })
     }
 
     async fn launch(&self, id: &str) -> anyhow::Result<Guest> {
-        let (lease, theirs) = StdStream::pair()?;
+        let (lease, theirs) = UnixStream::pair()?;
         let mut request = self.host.launch_request();
         request.get().set_server_end(self.descriptors.push(theirs.into()));
         request.get().set_id(id);
@@ -118,7 +117,7 @@ impl Client {
     async fn guest(
         &self,
         id: &str,
-        lease: Option<StdStream>,
+        lease: Option<UnixStream>,
         exit: guest_exit::Client,
     ) -> anyhow::Result<Guest> {
         let mut request = self.host.find_request();
@@ -144,7 +143,7 @@ impl Client {
         snapshot: &snapshot::Client,
         id: &str,
     ) -> anyhow::Result<Result<Guest, Failure>> {
-        let (lease, theirs) = StdStream::pair()?;
+        let (lease, theirs) = UnixStream::pair()?;
         let mut request = snapshot.launch_request();
         request.get().set_server_end(self.descriptors.push(theirs.into()));
         request.get().set_id(id);
@@ -165,7 +164,7 @@ impl Drop for Client {
 
 /// A launched guest, which the stand-in is.
 struct Guest {
-    lease: Option<StdStream>,
+    lease: Option<UnixStream>,
     control: guest_control::Client,
     exit: guest_exit::Client,
 }

@@ -11,11 +11,10 @@ use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::rc::Rc;
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio::task::{LocalSet, spawn_local};
 
@@ -60,14 +59,14 @@ pub fn info() -> SnapshotInfo {
 pub fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let channel = std::io::stdin().as_fd().try_clone_to_owned().expect("a channel");
-    LocalSet::new().block_on(&runtime, async { serve(stream(channel)).await });
+    LocalSet::new().block_on(&runtime, async { serve(channel.into()).await });
     ExitCode::SUCCESS
 }
 
-fn stream(socket: OwnedFd) -> UnixStream {
-    let socket = StdStream::from(socket);
-    socket.set_nonblocking(true).expect("a socket");
-    UnixStream::from_std(socket).expect("a stream")
+fn watched(lease: OwnedFd) -> tokio::net::UnixStream {
+    let lease = UnixStream::from(lease);
+    lease.set_nonblocking(true).expect("a socket");
+    tokio::net::UnixStream::from_std(lease).expect("a stream")
 }
 
 /// Until the lease ends, or the service wants it: whose channel is cut is killed.
@@ -78,7 +77,7 @@ async fn serve(channel: UnixStream) {
         let vmm: vmm::Client = capnp_rpc::new_client(StandIn(Rc::new(state)));
         vmm.client
     });
-    spawn_local(connection.run());
+    spawn_local(connection.expect("a socket").run());
     over.notified().await;
 }
 
@@ -134,7 +133,7 @@ impl vmm::Server for StandIn {
         let over = self.0.over.clone();
         spawn_local(async move {
             // Whatever is said on it, it ends.
-            let _ = stream(lease).read_to_end(&mut Vec::new()).await;
+            let _ = watched(lease).read_to_end(&mut Vec::new()).await;
             over.notify_one();
         });
         *self.0.watcher.borrow_mut() = Some(params.get_watcher()?);
