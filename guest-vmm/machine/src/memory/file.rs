@@ -10,9 +10,14 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// What a file's contents need to stay as they are.
 pub(super) const UNCHANGING: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK);
+
+/// How long the system may be busy with pages that are to be sealed, and how often it is asked.
+const BUSY: Duration = Duration::from_secs(2);
+const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 /// A memfd of so many bytes, all zero. Its size never changes.
 pub(super) fn create(bytes: u64, options: MemoryOptions) -> Result<File, MemoryError> {
@@ -41,11 +46,20 @@ fn set_size(file: &rustix::fd::OwnedFd, bytes: u64) -> rustix::io::Result<()> {
 }
 
 /// Makes sure that nobody can ever write to a memfd.
+///
+/// The system refuses with EBUSY while it has a page in hand itself: a guest's write that is being copied elsewhere, a page on its way
+/// between its lists. It waits for a tenth of a second, in which a busy host may not run whoever has the page: this asks it again.
 pub(super) fn seal(file: &File) -> io::Result<()> {
     if fcntl_get_seals(file)?.contains(UNCHANGING) {
         return Ok(());
     }
-    Ok(fcntl_add_seals(file, UNCHANGING | SealFlags::GROW | SealFlags::SEAL)?)
+    let begun = Instant::now();
+    loop {
+        match fcntl_add_seals(file, UNCHANGING | SealFlags::GROW | SealFlags::SEAL) {
+            Err(Errno::BUSY) if begun.elapsed() < BUSY => std::thread::sleep(BETWEEN_TRIES),
+            sealed => return Ok(sealed?),
+        }
+    }
 }
 
 /// The pages of a part of a file that are not holes. The part is whole pages.

@@ -43,8 +43,8 @@ impl Frozen {
     /// guest has pages: milliseconds for each GiB.
     ///
     /// # Errors
-    /// [`FreezeError::Seal`] if somebody has the memory mapped, or the system reads or writes it (EBUSY). There is no image then; the
-    /// guest is not concerned.
+    /// [`FreezeError::Seal`] if somebody has the memory mapped, or the system reads or writes it (EBUSY), for more than 2 s. There is no
+    /// image then; the guest is not concerned.
     pub fn seal(mut self) -> Result<FrozenMemory, FreezeError> {
         let base = self.base.seal().map_err(FreezeError::Seal)?;
         let layer = self.layer.take().map(|file| {

@@ -318,6 +318,25 @@ fn freezes_are_sealed_in_any_order() {
     assert_eq!([&first, &second].map(|image| get(&restored(image), 0)), [1, 2]);
 }
 
+/// As the system has it for a moment, on a busy host for longer than it waits itself.
+#[test]
+fn memory_is_sealed_once_nobody_else_has_it_mapped() {
+    let memory = memory(2 * MIB);
+    put(&memory, 0, 1);
+    let file = memory.file();
+    let other = Mapping::reserve(2 << 20).unwrap();
+    other.map_shared(&file, rustix::mm::MapFlags::NORESERVE).unwrap();
+    let frozen = memory.freeze().unwrap();
+    let sealing = std::thread::spawn(|| frozen.seal());
+    // It is asked again and again: the first answers have been refusals.
+    while mappings(&file) > 2 {
+        std::thread::yield_now();
+    }
+    assert!(!sealing.is_finished());
+    drop(other);
+    assert_eq!(get(&restored(&sealing.join().unwrap().unwrap()), 0), 1);
+}
+
 #[test]
 fn memory_that_somebody_else_has_mapped_is_not_sealed_and_its_guest_goes_on() {
     let memory = memory(2 * MIB);
