@@ -105,14 +105,15 @@ pub(crate) fn launch(service: &Rc<Service>, order: Order) -> Result<Rc<Guest>, F
     };
     let attached = attach(&guest.process, lease, watcher, parts);
     let watched = guest.clone();
+    // Told once the lease is on its way: the guest does not wait for a line of the log.
     spawn_local(async move {
+        tracing::info!(guest = watched.id, pid = watched.pid, proxied, warm, prepared, "launched");
         if let Err(error) = attached.await {
             tracing::warn!(guest = watched.id, error = printable(&error), "the VMM took no lease");
             watched.process.kill();
         }
     });
     spawn_local(guest.clone().tell_end());
-    tracing::info!(guest = guest.id, pid = guest.pid, proxied, warm, prepared, "launched");
     Ok(guest)
 }
 

@@ -3,7 +3,7 @@
 //! [`VpThread`] binds a VP on a thread of its own and runs it there. Starting, stopping, resetting and looking at the VP are
 //! messages to that thread, answered in the order in which they were first polled; a VP in the guest leaves it for them. A VP can be
 //! bound before anybody knows what it is for: [`VpBinding`].
-//! `executor` says why no wake-up is lost, `task` what the thread does.
+//! `executor` says why no wake-up is lost, `task` what the thread does, `slice` why nobody waits for a guest that computes.
 //!
 //! Limits: the state is reached with closures that run on the VP's thread, which should not block. A panic there, in the
 //! processor or in a device that the VP calls, ends the thread and no more than it: see [`VpThread::spawn`].
@@ -12,6 +12,7 @@ mod executor;
 mod host_cpus;
 #[cfg(test)]
 mod model;
+mod slice;
 mod task;
 
 pub use host_cpus::HostCpus;
@@ -359,6 +360,9 @@ fn run_thread<B: BindProcessor>(
     bound: oneshot::Sender<Result<Pid, SpawnVpError>>,
 ) {
     let NewVp { affinity, binder, partition, mut commands, mut service } = new;
+    if let Err(error) = slice::lengthen_this_threads() {
+        tracing::debug!(%vp, %error, "the VP's thread has a slice like any other");
+    }
     let processor = match keep_on(vp, affinity).and_then(|()| bind(vp, binder)) {
         Ok(processor) => processor,
         Err(error) => return drop(bound.send(Err(error))),
