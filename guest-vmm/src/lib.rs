@@ -114,8 +114,7 @@ async fn attend(channel: UnixStream, platform: Platform, log: LogFilter) -> io::
     });
     // Without a lease there is nothing to live for: a service that ends before it attaches one drops `attach`.
     if let Ok(attached) = attached.await {
-        tracing::info!(id = attached.id, "attached");
-        let telling = spawn_local(tell(attached.watcher, told));
+        let telling = spawn_local(tell(attached.id, attached.watcher, told));
         let lease = hold_lease(attached.lease.into(), Vec::new(), &handle, attached.service);
         // A shutdown by the service ends the driver while the lease is held.
         let mut driving = driving;
@@ -174,8 +173,13 @@ async fn end(driver: &DriverHandle, driving: tokio::task::JoinHandle<()>) {
     }
 }
 
+/// How long news are held back after the lease was attached: what was asked for in one flight with it runs by then.
+const FLIGHT: Duration = Duration::from_millis(2);
+
 /// Tells the service what becomes of the guests, in order.
-async fn tell(watcher: vmm_watcher::Client, mut milestones: mpsc::UnboundedReceiver<Milestone>) {
+async fn tell(id: String, watcher: vmm_watcher::Client, mut milestones: mpsc::UnboundedReceiver<Milestone>) {
+    tokio::time::sleep(FLIGHT).await;
+    tracing::info!(id, "attached");
     while let Some(milestone) = milestones.recv().await {
         let told = match milestone {
             Milestone::Created { generation, shape } => {
