@@ -52,7 +52,7 @@ const OF_CALLS: [Definition; 5] = [
 /// What is measured of guests that write so much.
 struct Size {
     mib: usize,
-    figures: [Definition; 9],
+    figures: [Definition; 10],
 }
 
 macro_rules! size {
@@ -62,14 +62,21 @@ macro_rules! size {
             figures: [
                 time(concat!("bare-freeze-", $name), "bare mremap and private mmap, all pages written", None),
                 time(
+                    concat!("stands-bare-", $name),
+                    "1 ms, and what the bare freeze takes longer than that of 128 MiB",
+                    None,
+                ),
+                time(
                     concat!("snapshot-", $name),
                     "snapshot call → answer, the same written by a guest",
                     None,
                 ),
-                Definition {
-                    bar: Some(PAUSE_BAR),
-                    ..time(concat!("stands-", $name), "how long the guest stands still for it", None)
-                },
+                bar(
+                    concat!("stands-", $name),
+                    "how long the guest stands still for it",
+                    concat!("stands-bare-", $name),
+                    1.0,
+                ),
                 time(concat!("loop-", $name), "a guest's write to each of its pages, before", None),
                 time(
                     concat!("loop-after-", $name),
@@ -210,12 +217,15 @@ async fn calls(service: &WarmService, samples: &mut Samples) -> anyhow::Result<(
 
 impl Size {
     fn bare(&self, samples: &mut Samples, pagemap: &File) -> anyhow::Result<()> {
+        let least = BareMemory::touched(SIZES[0].mib << 20)?.freeze()?;
         let mut memory = BareMemory::touched(self.mib << 20)?;
-        samples.time(self.figures[0].name, memory.freeze()?);
+        let frozen = memory.freeze()?;
+        samples.time(self.figures[0].name, frozen);
+        samples.add(self.figures[1].name, PAUSE_BAR + frozen.saturating_sub(least).as_secs_f64() * 1e6);
         memory.unmap_aside();
         memory.write(0..(AGAIN_MIB << 20) / PAGE);
         let copied = memory.copy_written(pagemap)?;
-        samples.add(self.figures[6].name, PAUSE_BAR + 1.2 * copied.as_secs_f64() * 1e6);
+        samples.add(self.figures[7].name, PAUSE_BAR + 1.2 * copied.as_secs_f64() * 1e6);
         Ok(())
     }
 
@@ -225,12 +235,12 @@ impl Size {
         let mib = u32::try_from(self.mib).context("a size")?;
         let mut parent = Parent::boot(&service.host, ((self.mib + 64) as u64) << 20).await?;
         parent.touch(mib).await?;
-        add(3, micros(parent.timed_touch(mib).await?));
-        let (first, call, stands) = parent.snapshot().await?;
-        add(1, micros(call));
-        add(2, stands);
         add(4, micros(parent.timed_touch(mib).await?));
+        let (first, call, stands) = parent.snapshot().await?;
+        add(2, micros(call));
+        add(3, stands);
         add(5, micros(parent.timed_touch(mib).await?));
+        add(6, micros(parent.timed_touch(mib).await?));
         drop((first, parent));
         service.ready(0).await?;
         // Another, of which no more than this is written since.
@@ -239,8 +249,8 @@ impl Size {
         let (first, _, _) = parent.snapshot().await?;
         parent.touch(u32::try_from(AGAIN_MIB)?).await?;
         let (_, call, stands) = parent.snapshot().await?;
-        add(7, micros(call));
-        add(8, stands);
+        add(8, micros(call));
+        add(9, stands);
         drop(first);
         Ok(())
     }
