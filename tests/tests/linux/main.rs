@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use guest_tests::lab::{self, Lab, LabGuest, LabPool, LabProcessEnd};
+use guest_tests::lab::{self, DebianKernel, Lab, LabGuest, LabPool, LabProcessEnd};
 use guest_tests::requirements::{self, Requirement, trial};
 use guest_tests::service::program;
 use libtest_mimic::Trial;
@@ -85,7 +85,7 @@ fn test(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
         for name in lab::PROJECT_PROGRAMS {
             program(name)?;
         }
-        LABS.attempt(name, lab::project_binaries, body)
+        LABS.attempt(name, DebianKernel::Cloud, lab::project_binaries, body)
     })
 }
 
