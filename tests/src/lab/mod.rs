@@ -13,7 +13,7 @@
 //! initramfs with its cpio format, scripts and tools, and the emulator's command line.
 //!
 //! Limits: correctness and ratios within one run, no absolute times. One command at a time; commands start what is to run
-//! in parallel with [`Lab::spawn`].
+//! in parallel with [`Lab::spawn`]. The built-in guest, which uses ports in ring 3, cannot go on from a snapshot here (see the emulator).
 
 mod background;
 mod backing;

@@ -77,6 +77,7 @@ fn main() -> ExitCode {
         test("linux_goes_on_from_a_file", snapshot::linux_goes_on_from_a_file),
         test("linux_goes_on_through_a_chain_of_snapshots", forks::linux_goes_on_through_a_chain_of_snapshots),
         test("five_forks_of_linux_work_for_themselves", forks::five_forks_of_linux_work_for_themselves),
+        test("a_full_disk_leaves_no_half_of_a_snapshot", snapshot::a_full_disk_leaves_no_half_of_a_snapshot),
         test_generic("linux_reseeds_as_another_guest", generation_id::linux_reseeds_as_another_guest),
     ];
     requirements::run(trials, || LABS.close())
