@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use guest_tests::bench::figure::Definition;
 use guest_tests::bench::{definitions, memory, snapshot, units, vps};
-use guest_tests::lab::Lab;
+use guest_tests::lab::{DebianKernel, Lab};
 use guest_tests::requirements::{Requirement, run, trial};
 use guest_tests::stage::Story;
 use serde_json::{Map, Value};
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
 fn mainline_kvm() -> Story {
     const LIMIT: Duration = Duration::from_secs(200);
     ensure!(cfg!(debug_assertions), "only a build for tests compares");
-    let lab = Lab::boot(&[env!("CARGO_BIN_EXE_guest-bench").into()])?;
+    let lab = Lab::boot(DebianKernel::Cloud, &[env!("CARGO_BIN_EXE_guest-bench").into()])?;
     let done = lab.run("guest-bench vps --counts 1,2 --rounds 2 --allow-debug", LIMIT)?;
     ensure!(done.status == 0, "{}", done.output);
     assert!(done.output.contains("setting a VP's state"), "{}", done.output);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use guest_tests::census;
 use guest_tests::lab::{
-    self, Lab, LabError, LabGuest, LabOutput, LabPool, LabProcessEnd, TapQueues, Toolset,
+    self, DebianKernel, Lab, LabError, LabGuest, LabOutput, LabPool, LabProcessEnd, TapQueues, Toolset,
 };
 use guest_tests::process::{Process, Stdin};
 use guest_tests::requirements::{self, Requirement, trial};
@@ -49,12 +49,12 @@ fn main() -> ExitCode {
 
 /// A test on one of the labs that all of them share.
 fn test(name: &str, body: fn(&Lab) -> Result<(), LabError>) -> Trial {
-    trial(name, LAB, move || LABS.lend(binaries, |lab| Ok(body(lab)?)))
+    trial(name, LAB, move || LABS.lend(DebianKernel::Cloud, binaries, |lab| Ok(body(lab)?)))
 }
 
 /// As [`test()`], with guests and other company.
 fn story(name: &'static str, body: fn(&Lab) -> anyhow::Result<()>) -> Trial {
-    trial(name, LAB, move || LABS.attempt(name, binaries, body))
+    trial(name, LAB, move || LABS.attempt(name, DebianKernel::Cloud, binaries, body))
 }
 
 fn binaries() -> Vec<PathBuf> {
@@ -191,7 +191,7 @@ fn emulator_of(parent: u32) -> anyhow::Result<u32> {
 }
 
 fn a_lab_that_is_lost_says_so() -> anyhow::Result<()> {
-    let lab = Lab::boot(&[])?;
+    let lab = Lab::boot(DebianKernel::Cloud, &[])?;
     for command in ["poweroff -f; sleep 1000", "true"] {
         match lab.run(command, LIMIT) {
             Err(LabError::Lost { command: named, .. }) => assert_eq!(named, command),

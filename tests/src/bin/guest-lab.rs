@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use guest_tests::lab::{self, Lab};
+use guest_tests::lab::{self, DebianKernel, Lab};
 
 /// A machine with a mainline /dev/kvm in software, with this project's programs in it as far as they are built.
 ///
@@ -22,7 +22,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Make ready what the lab needs: find its programs, download its kernel.
+    /// Make ready what the lab needs: find its programs, download its kernel and its guests'.
     Prepare,
     /// A shell in the lab; `exit` powers it off, Ctrl-A x leaves the emulator.
     Shell(More),
@@ -44,34 +44,42 @@ struct More {
     /// A further program to take into the lab.
     #[arg(long = "binary", value_name = "FILE")]
     binaries: Vec<PathBuf>,
+    /// The kernel of guests: Debian's for virtual machines, or the one for any machine.
+    #[arg(long, value_name = "KERNEL", value_enum, default_value_t)]
+    guests: DebianKernel,
 }
 
 impl More {
-    fn all(self) -> Vec<PathBuf> {
+    fn all(&self) -> Vec<PathBuf> {
         let mut all = lab::project_binaries();
-        all.extend(self.binaries);
+        all.extend_from_slice(&self.binaries);
         all
     }
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse().action {
-        Action::Prepare => {
-            println!("{}", Lab::prepare()?.image().display());
-            Ok(ExitCode::SUCCESS)
-        }
-        Action::Shell(more) => shell(more),
-        Action::Run { more, deadline, command } => run(more, deadline, &command.join(" ")),
+        Action::Prepare => prepare(),
+        Action::Shell(more) => shell(&more),
+        Action::Run { more, deadline, command } => run(&more, deadline, &command.join(" ")),
     }
 }
 
-fn shell(more: More) -> anyhow::Result<ExitCode> {
-    let status = Lab::terminal(&more.all())?;
+fn prepare() -> anyhow::Result<ExitCode> {
+    Lab::prepare()?;
+    for kernel in DebianKernel::ALL {
+        println!("{}", Lab::prepare_guests(kernel)?.image().display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn shell(more: &More) -> anyhow::Result<ExitCode> {
+    let status = Lab::terminal(more.guests, &more.all())?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn run(more: More, deadline: u32, command: &str) -> anyhow::Result<ExitCode> {
-    let lab = Lab::boot(&more.all())?;
+fn run(more: &More, deadline: u32, command: &str) -> anyhow::Result<ExitCode> {
+    let lab = Lab::boot(more.guests, &more.all())?;
     let done = lab.run(command, Duration::from_secs(deadline.into()))?;
     print!("{}", done.output);
     let status = u8::try_from(done.status).with_context(|| format!("exit status {}", done.status))?;

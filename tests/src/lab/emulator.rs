@@ -16,7 +16,9 @@ const MEMORY_MIB: &str = "4096";
 /// place of its own, or a guest ends in a triple fault, once in a minute or two on some machines. With one it was not seen.
 const PROCESSORS: &str = "1";
 /// A processor with SVM. The emulator lets guests write XCR0 unintercepted, so KVM never learns what it is: Linux as a guest
-/// warns that XSAVE is inconsistent and goes on without it, unless `noxsave` is on its command line.
+/// warns that XSAVE is inconsistent and goes on without it, unless `noxsave` is on its command line. And it takes a task state
+/// segment for valid only while its type is that of one that is not busy, where KVM gives a guest that goes on from saved state
+/// the busy one that it has: ring 3 of such a guest may use no ports.
 const PROCESSOR: &str = "EPYC,+svm";
 /// The emulated TSC is this machine's own, the same on all processors, but does not say so. Only with a host on its TSC
 /// does KVM give its guests a clock that they call stable. Nothing speculates in it, so there is nothing to mitigate.

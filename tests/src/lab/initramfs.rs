@@ -35,8 +35,8 @@ const GUEST_MODULES: [&str; 9] = [
 /// What the small devices of a guest's board need. Tests insert them.
 const BOARD_MODULES: [&str; 3] = ["button", "evdev", "pvpanic_mmio"];
 
-/// The lab's initramfs: `binaries` are in its `/bin`, a guest's `kernel` and `initramfs` in its `/guest`.
-pub(super) fn lab(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, LabError> {
+/// The initramfs of a lab that boots `kernel`: `binaries` are in its `/bin`, the `kernel` and `initramfs` of `guests` in its `/guest`.
+pub(super) fn lab(kernel: &LabKernel, guests: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
     // Before busybox, whose `ip` knows less.
     add_tools(&mut archive)?;
@@ -59,12 +59,12 @@ pub(super) fn lab(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<Vec<u8>, L
     for binary in binaries {
         add_binary(&mut archive, binary)?;
     }
-    archive.file("/guest/kernel", &read(kernel.image())?);
-    archive.file("/guest/initramfs", &guest(kernel)?);
+    archive.file("/guest/kernel", &read(guests.image())?);
+    archive.file("/guest/initramfs", &guest(guests)?);
     Ok(archive.finish())
 }
 
-/// The initramfs of a Linux guest in the lab.
+/// The initramfs of a Linux guest in the lab that boots `kernel`.
 pub(super) fn guest(kernel: &LabKernel) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::default();
     add_busybox(&mut archive)?;

@@ -1,7 +1,7 @@
-//! The lab's kernel and modules: Debian's own cloud kernel, downloaded once and kept.
+//! The kernels and modules of the lab and of guests in it: Debian's own, each downloaded once, when it is first needed, and kept.
 //!
-//! It is kept in `GUESTD_LAB_DIR`, or else in the folder `lab` of cargo's target folder, as long as that folder is there:
-//! a newer kernel comes after its removal.
+//! They are kept in `GUESTD_LAB_DIR`, or else in the folder `lab` of cargo's target folder, as long as that folder is there:
+//! newer kernels come after its removal.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -10,16 +10,45 @@ use std::path::{Path, PathBuf};
 use super::error::LabError;
 use super::tool::Tool;
 
-/// The package that depends on the newest kernel.
-const META_PACKAGE: &str = "linux-image-cloud-amd64";
-const APT: &str = "run `apt-get update` as root; the lab's kernel comes from Debian's archive";
+const APT: &str = "run `apt-get update` as root; the lab's kernels come from Debian's archive";
 
 const APT_CACHE: Tool = Tool { program: "apt-cache", package: "apt", advice: APT };
 const APT_GET: Tool = Tool { program: "apt-get", package: "apt", advice: APT };
 const DPKG_DEB: Tool = Tool { program: "dpkg-deb", package: "dpkg", advice: "the download may be damaged" };
 const XZ: Tool = Tool { program: "xz", package: "xz-utils", advice: "the module may be damaged" };
 
-/// A kernel and its modules on this machine's disk. The same kernel boots the lab and the guests in it.
+/// One of Debian's kernels for this architecture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum DebianKernel {
+    /// The one for virtual machines: it has few drivers and is up soonest. The lab itself boots it.
+    #[default]
+    Cloud,
+    /// The one for any machine. It has a driver for the VM generation ID, which the other is built without.
+    Generic,
+}
+
+impl DebianKernel {
+    /// All there are.
+    pub const ALL: [DebianKernel; 2] = [DebianKernel::Cloud, DebianKernel::Generic];
+
+    /// The package that depends on the newest one.
+    fn meta_package(self) -> &'static str {
+        match self {
+            DebianKernel::Cloud => "linux-image-cloud-amd64",
+            DebianKernel::Generic => "linux-image-amd64",
+        }
+    }
+
+    /// The folder that it is kept in, beside the other.
+    fn folder(self) -> &'static str {
+        match self {
+            DebianKernel::Cloud => "kernel",
+            DebianKernel::Generic => "kernel-generic",
+        }
+    }
+}
+
+/// A kernel and its modules on this machine's disk.
 #[derive(Debug, Clone)]
 pub struct LabKernel {
     folder: PathBuf,
@@ -30,14 +59,14 @@ pub struct LabKernel {
 }
 
 impl LabKernel {
-    /// Finds the kernel, or downloads it first.
-    pub(super) fn obtain() -> Result<LabKernel, LabError> {
+    /// Finds a kernel, or downloads it first.
+    pub(super) fn obtain(which: DebianKernel) -> Result<LabKernel, LabError> {
         let cache = cache_folder()?;
         fs::create_dir_all(&cache).map_err(LabError::file("create", &cache))?;
-        let kernel = cache.join("kernel");
+        let kernel = cache.join(which.folder());
         let _lock = lock(&cache.join("lock"))?;
         if !kernel.exists() {
-            download(&cache, &kernel)?;
+            download(which, &cache, &kernel)?;
         }
         LabKernel::open(&kernel)
     }
@@ -115,9 +144,9 @@ fn lock(path: &Path) -> Result<File, LabError> {
 }
 
 /// Unpacks beside the final place and renames, so that an interrupted download leaves nothing that looks whole.
-fn download(cache: &Path, kernel: &Path) -> Result<(), LabError> {
+fn download(which: DebianKernel, cache: &Path, kernel: &Path) -> Result<(), LabError> {
     let work = tempfile::tempdir_in(cache).map_err(LabError::file("create a folder in", cache))?;
-    let package = newest_package(work.path())?;
+    let package = newest_package(which, work.path())?;
     APT_GET.run(work.path(), &["download", &package])?;
     let archive = files_below(work.path())?.into_iter().find(|file| file_name(file).ends_with(".deb"));
     let archive =
@@ -127,8 +156,8 @@ fn download(cache: &Path, kernel: &Path) -> Result<(), LabError> {
     fs::rename(&unpacked, kernel).map_err(LabError::file("rename", &unpacked))
 }
 
-fn newest_package(folder: &Path) -> Result<String, LabError> {
-    let arguments = ["depends", META_PACKAGE];
+fn newest_package(which: DebianKernel, folder: &Path) -> Result<String, LabError> {
+    let arguments = ["depends", which.meta_package()];
     let output = APT_CACHE.output(folder, &arguments)?;
     let text = String::from_utf8_lossy(&output.stdout);
     let package = text.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));

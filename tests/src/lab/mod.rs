@@ -1,19 +1,19 @@
 //! The lab: a machine with a mainline `/dev/kvm` in software, in which unmodified Linux boots as a guest.
 //!
 //! QEMU's software CPU emulates AMD's SVM and runs Debian's own cloud kernel. Its initramfs holds busybox, the binaries under
-//! test with their shared libraries, and in `/guest` the `kernel` and the `initramfs` of a Linux guest. That guest
-//! prints a line `GUEST-UP nproc=… memory_kib=… uptime=…` on its first serial line, runs `GUEST_RUN` of its kernel's command
+//! test with their shared libraries, and in `/guest` the `kernel` and the `initramfs` of a Linux guest, which boots the same kernel or
+//! another one of Debian's. That guest prints a line `GUEST-UP nproc=… memory_kib=… uptime=…` on its first serial line, runs `GUEST_RUN` of its kernel's command
 //! line if there is one, and is then a shell there, with `GUEST_SHELL=plain` one without echo and prompt.
 //!
 //! The lab's host has the tools of every [`Toolset`] in its `/bin`, and `passt` and `ip`; a guest has those it is started with. The
 //! shell takes a program that busybox has too for busybox's: the full one of iproute2 is `/bin/ip`.
 //!
 //! Parts: [`Lab`], [`LabProcess`] for a command in its background, [`LabGuest`] for a guest in it, [`Toolset`] and [`TapQueues`] for what they
-//! are given, [`LabPool`] for the tests of one binary, [`LabKernel`], [`LabError`]; inside, the kernel's download, the initramfs with its cpio
-//! format, scripts and tools, and the emulator's command line.
+//! are given, [`LabPool`] for the tests of one binary, [`DebianKernel`] and [`LabKernel`], [`LabError`]; inside, the kernels' download, the
+//! initramfs with its cpio format, scripts and tools, and the emulator's command line.
 //!
 //! Limits: correctness and ratios within one run, no absolute times. One command at a time; commands start what is to run
-//! in parallel with [`Lab::spawn`].
+//! in parallel with [`Lab::spawn`]. The built-in guest, which uses ports in ring 3, cannot go on from a snapshot here (see the emulator).
 
 mod background;
 mod backing;
@@ -42,7 +42,7 @@ pub use background::{LabProcess, LabProcessEnd, LabProcessError};
 pub use backing::TapQueues;
 pub use error::LabError;
 pub use guest::LabGuest;
-pub use kernel::LabKernel;
+pub use kernel::{DebianKernel, LabKernel};
 pub use pool::LabPool;
 pub use toolset::Toolset;
 
@@ -64,6 +64,7 @@ const CONSOLE_LINES: usize = 40;
 /// A running lab. Dropping it, or the end of this process in whatever way, ends it.
 #[derive(Debug)]
 pub struct Lab {
+    guests: DebianKernel,
     qemu: Process,
     line: Mutex<Line>,
 }
@@ -90,23 +91,32 @@ impl Lab {
     /// # Errors
     /// [`LabError::Missing`] names the Debian package to install, [`LabError::Failed`] what else helps.
     pub fn prepare() -> Result<LabKernel, LabError> {
-        let kernel = LabKernel::obtain()?;
+        let kernel = LabKernel::obtain(DebianKernel::Cloud)?;
         QEMU.run(Path::new("/"), &["--version"])?;
         toolset::find_tools()?;
         Ok(kernel)
     }
 
-    /// Boots a lab in which `binaries` are in the `PATH` under their file names, and waits until it takes commands:
-    /// some seconds. Prepares first. A boot that hangs is reported on standard error and tried again, twice at most.
+    /// Downloads a kernel for guests if it is not there, as [`Lab::boot`] does.
+    ///
+    /// # Errors
+    /// As [`Lab::prepare`].
+    pub fn prepare_guests(guests: DebianKernel) -> Result<LabKernel, LabError> {
+        LabKernel::obtain(guests)
+    }
+
+    /// Boots a lab whose guests have the kernel `guests` and in which `binaries` are in the `PATH` under their file names, and waits
+    /// until it takes commands: some seconds. Prepares first. A boot that hangs is reported on standard error and tried again,
+    /// twice at most.
     ///
     /// # Errors
     /// As [`Lab::prepare`]; [`LabError::NotUp`] with its console when it does not come up.
-    pub fn boot(binaries: &[PathBuf]) -> Result<Lab, LabError> {
+    pub fn boot(guests: DebianKernel, binaries: &[PathBuf]) -> Result<Lab, LabError> {
         let kernel = Lab::prepare()?;
-        let initramfs = write_initramfs(&kernel, binaries)?;
+        let initramfs = write_initramfs(&kernel, guests, binaries)?;
         let mut attempt = 1;
         loop {
-            match Lab::start(&kernel, &initramfs) {
+            match Lab::start(&kernel, guests, &initramfs) {
                 Err(error @ LabError::NotUp { .. }) if attempt < BOOT_ATTEMPTS => {
                     // Whoever reads the tests' output should see it though the tests go on.
                     eprintln!("attempt {attempt} of {BOOT_ATTEMPTS}: {error}");
@@ -117,11 +127,11 @@ impl Lab {
         }
     }
 
-    fn start(kernel: &LabKernel, initramfs: &File) -> Result<Lab, LabError> {
+    fn start(kernel: &LabKernel, guests: DebianKernel, initramfs: &File) -> Result<Lab, LabError> {
         let command = emulator::command(kernel, &path_of(initramfs), Serve::Commands);
         let mut qemu = Process::spawn(command, Stdin::Piped).map_err(LabError::Emulator)?;
         let input = qemu.stdin().expect("it was piped above");
-        let lab = Lab { qemu, line: Mutex::new(Line { input, lost: false }) };
+        let lab = Lab { guests, qemu, line: Mutex::new(Line { input, lost: false }) };
         lab.wait_until_up()?;
         Ok(lab)
     }
@@ -197,13 +207,13 @@ impl Lab {
     }
 
     /// Runs an interactive shell in a lab at the terminal of this process, until the shell or the emulator (Ctrl-A x) ends.
-    /// `binaries` are as for [`Lab::boot`].
+    /// `guests` and `binaries` are as for [`Lab::boot`].
     ///
     /// # Errors
     /// As [`Lab::prepare`]; [`LabError::Emulator`] when the emulator does not start.
-    pub fn terminal(binaries: &[PathBuf]) -> Result<ExitStatus, LabError> {
+    pub fn terminal(guests: DebianKernel, binaries: &[PathBuf]) -> Result<ExitStatus, LabError> {
         let kernel = Lab::prepare()?;
-        let initramfs = write_initramfs(&kernel, binaries)?;
+        let initramfs = write_initramfs(&kernel, guests, binaries)?;
         let command = emulator::command(&kernel, &path_of(&initramfs), Serve::Terminal);
         let started = process::spawn(command).and_then(|mut qemu| qemu.wait());
         started.map_err(|source| {
@@ -233,7 +243,7 @@ pub fn project_binaries() -> Vec<PathBuf> {
     PROJECT_PROGRAMS.into_iter().filter_map(find).collect()
 }
 
-/// The initramfs of the lab's guests, for a VMM outside of the lab.
+/// The initramfs of the lab's guests that boot the lab's kernel, for a VMM outside of the lab.
 ///
 /// # Errors
 /// As [`Lab::prepare`].
@@ -242,10 +252,11 @@ pub fn guest_initramfs() -> Result<Vec<u8>, LabError> {
 }
 
 /// A file without a name: nothing is left behind, however this process ends.
-fn write_initramfs(kernel: &LabKernel, binaries: &[PathBuf]) -> Result<File, LabError> {
+fn write_initramfs(kernel: &LabKernel, guests: DebianKernel, binaries: &[PathBuf]) -> Result<File, LabError> {
+    let guests = Lab::prepare_guests(guests)?;
     let folder = kernel::cache_folder()?;
     let mut file = tempfile::tempfile_in(&folder).map_err(LabError::file("create a file in", &folder))?;
-    let archive = initramfs::lab(kernel, binaries)?;
+    let archive = initramfs::lab(kernel, &guests, binaries)?;
     file.write_all(&archive).map_err(LabError::file("write to", &folder))?;
     Ok(file)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
 
-use super::{Lab, LabError};
+use super::{DebianKernel, Lab, LabError};
 
 /// The most labs at a time. Each takes a processor, and about 2 GiB of memory.
 const MOST: usize = 2;
@@ -32,16 +32,18 @@ impl LabPool {
         Self { state: Mutex::new(state), returned: Condvar::new() }
     }
 
-    /// Calls `test` with a lab that is booted with `binaries` as for [`Lab::boot`]. A lab in which a test has failed is not used again.
+    /// Calls `test` with a lab that is booted with `guests` and `binaries` as for [`Lab::boot`]; `binaries` are the same in every call.
+    /// A lab in which a test has failed is not used again.
     ///
     /// # Errors
     /// That of the test. As [`Lab::boot`], which is not tried again: every later call gets the same error.
     pub fn lend<E: From<Arc<LabError>>>(
         &self,
+        guests: DebianKernel,
         binaries: impl FnOnce() -> Vec<PathBuf>,
         test: impl FnOnce(&Lab) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut loan = Loan { pool: self, lab: Some(self.take(binaries)?) };
+        let mut loan = Loan { pool: self, lab: Some(self.take(guests, binaries)?) };
         let result = test(loan.lab.as_ref().expect("it was taken"));
         if result.is_err() {
             loan.lab = None;
@@ -57,15 +59,16 @@ impl LabPool {
     pub fn attempt(
         &self,
         name: &str,
+        guests: DebianKernel,
         binaries: impl Fn() -> Vec<PathBuf>,
         test: impl Fn(&Lab) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let Err(first) = self.lend(&binaries, &test) else { return Ok(()) };
+        let Err(first) = self.lend(guests, &binaries, &test) else { return Ok(()) };
         if self.lock().failure.is_some() {
             return Err(first);
         }
         eprintln!("{name} fails, and is tried once more in a new lab: {first:?}");
-        test(&Lab::boot(&binaries())?)
+        test(&Lab::boot(guests, &binaries())?)
     }
 
     /// Ends the labs that nobody uses. A `static` is never dropped, so the `main` of the tests calls this.
@@ -73,8 +76,12 @@ impl LabPool {
         self.lock().idle.clear();
     }
 
-    /// One lab is booted at a time, while others wait.
-    fn take(&self, binaries: impl FnOnce() -> Vec<PathBuf>) -> Result<Lab, Arc<LabError>> {
+    /// One lab is booted at a time, while others wait. One that is idle ends if its place is needed for guests of another kernel.
+    fn take(
+        &self,
+        guests: DebianKernel,
+        binaries: impl FnOnce() -> Vec<PathBuf>,
+    ) -> Result<Lab, Arc<LabError>> {
         let most = available_parallelism().map_or(1, |processors| processors.get().min(MOST));
         let mut state = self.lock();
         while state.idle.is_empty() && state.taken >= most {
@@ -83,7 +90,12 @@ impl LabPool {
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
-        let lab = state.idle.pop().map_or_else(|| Lab::boot(&binaries()).map_err(Arc::new), Ok);
+        let fits = state.idle.iter().position(|lab| lab.guests == guests);
+        if fits.is_none() && state.idle.len() + state.taken >= most {
+            state.idle.pop();
+        }
+        let boot = || Lab::boot(guests, &binaries()).map_err(Arc::new);
+        let lab = fits.map_or_else(boot, |index| Ok(state.idle.swap_remove(index)));
         state.failure = lab.as_ref().err().cloned();
         state.taken += usize::from(lab.is_ok());
         lab

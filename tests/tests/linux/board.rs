@@ -1,5 +1,5 @@
-//! The board's small devices as Linux finds them, with its own drivers: the ACPI power button behind the Generic Event Device, pvpanic,
-//! the VM generation ID (for which this kernel has no driver: the guest reads it from memory).
+//! The board's small devices as Linux finds them, with its own drivers: the ACPI power button behind the Generic Event Device, pvpanic;
+//! and the bytes of the VM generation ID in its memory.
 
 use super::{BOOTED, LIMIT, serve};
 use anyhow::{Context, ensure};

@@ -185,7 +185,7 @@ fn work(guest: &LabProcess<'_>, commands: &str) -> anyhow::Result<Vec<String>> {
 }
 
 /// A booted Linux is forked five times. Each is given work of its own over vsock and does it; each has the right time, and random bytes
-/// that nobody else has. (This kernel is built without a driver for the generation ID: they differ by the interrupts of each.)
+/// that nobody else has.
 pub fn five_forks_of_linux_work_for_themselves(lab: &Lab) -> anyhow::Result<()> {
     let service = "--socket /tmp/works-service.sock";
     let log = serve(lab, "/tmp/works-service")?;
