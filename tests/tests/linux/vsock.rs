@@ -122,7 +122,8 @@ pub fn linux_has_many_connections_at_once(lab: &Lab) -> anyhow::Result<()> {
     let count = scaled(CONNECTIONS);
     let guest = start(lab, "many")?;
     let hold = serve(lab, &guest, 1000, "SYSTEM:'touch up-$$; until [ -e go ]; do sleep 1; done; cat'")?;
-    let client = "(echo $i | socat -b 65536 -t 100 - VSOCK-CONNECT:2:1000,retry=9 >/tmp/answer-$i) &";
+    // The host's program takes some connections at a time, and refuses the others until it has started a shell for each of these.
+    let client = "(echo $i | socat -b 65536 -t 100 - VSOCK-CONNECT:2:1000,retry=200 >/tmp/answer-$i) &";
     guest.ask(&format!("for i in $(seq {count}); do {client} done"), LIMIT)?;
     let up = format!("test $(ls | grep -c up-) = {count}");
     hold.until(&up, "connection of each program at the same time", LIMIT)?;
