@@ -32,6 +32,16 @@ impl Definition {
         Self { name, what, unit: "µs", reference, bar: None }
     }
 
+    /// A time in microseconds beside its floor, of which it may be so much at the most.
+    pub(super) const fn beside(
+        name: &'static str,
+        what: &'static str,
+        floor: &'static str,
+        bar: f64,
+    ) -> Self {
+        Self { bar: Some(bar), ..Self::time(name, what, Some(floor)) }
+    }
+
     /// An amount of memory in KiB, without a bar.
     pub(super) const fn memory(name: &'static str, what: &'static str) -> Self {
         Self { name, what, unit: "KiB", reference: None, bar: None }
@@ -149,7 +159,7 @@ mod tests {
     fn all() -> Vec<Definition> {
         vec![
             Definition::time("floor", "", None),
-            Definition { bar: Some(1.5), ..Definition::time("launch", "", Some("floor")) },
+            Definition::beside("launch", "", "floor", 1.5),
             Definition::memory("memory", ""),
         ]
     }

@@ -38,14 +38,12 @@ pub(super) static GROUP: Group = Group {
             ..Definition::time(PAUSE, "how long the guest is paused for it", None)
         },
         Definition::time(AGAIN, "the same for the next snapshot, 10 MiB written again", None),
-        Definition {
-            bar: Some(FORK_BAR),
-            ..Definition::time(
-                FORK,
-                "launch from a snapshot with a VMM ready, all in one flight → first byte",
-                Some(floor::IN_PROCESS),
-            )
-        },
+        Definition::beside(
+            FORK,
+            "launch from a snapshot with a VMM ready, all in one flight → first byte",
+            floor::IN_PROCESS,
+            FORK_BAR,
+        ),
         Definition::memory(MEMORY, "Pss of that VMM with what is not its parent's"),
     ],
     open: |_| async { Ok(Box::new(Forks(WarmService::new().await?)) as Box<dyn Rounds>) }.boxed_local(),
@@ -75,6 +73,13 @@ impl Parent {
         line(&mut output).await?;
         created.await?;
         Ok(Self { launched, input, output, observer })
+    }
+
+    /// With 64 MiB more than what it has written.
+    pub async fn that_wrote(host: &Host, mebibytes: u32) -> anyhow::Result<Self> {
+        let mut parent = Self::boot(host, u64::from(mebibytes + 64) << 20).await?;
+        parent.touch(mebibytes).await?;
+        Ok(parent)
     }
 
     /// Has it write to so much memory.

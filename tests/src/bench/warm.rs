@@ -24,14 +24,12 @@ const WARM: u32 = 2;
 
 pub(super) static GROUP: Group = Group {
     figures: &[
-        Definition {
-            bar: Some(LAUNCH_BAR),
-            ..Definition::time(
-                LAUNCH,
-                "launch with a VMM ready, all in one flight → first byte",
-                Some(floor::IN_PROCESS),
-            )
-        },
+        Definition::beside(
+            LAUNCH,
+            "launch with a VMM ready, all in one flight → first byte",
+            floor::IN_PROCESS,
+            LAUNCH_BAR,
+        ),
         Definition::memory(MEMORY, "Pss of a VMM that is ready, beside another"),
     ],
     open: |_| {

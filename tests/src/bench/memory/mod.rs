@@ -18,6 +18,8 @@ use bare::{BareMemory, PAGE};
 
 /// How many pages are written between two freezes.
 const WRITTEN: usize = 1000;
+/// What a freeze may take, of the bare one.
+const BAR: f64 = 1.2;
 
 /// What is measured of memory of one size.
 struct Size {
@@ -31,50 +33,72 @@ macro_rules! size {
         Size {
             mib: $mib,
             figures: [
-                time(concat!("bare-freeze-", $name), "bare mremap and private mmap, all pages written", None),
-                bar(concat!("freeze-", $name), "a first freeze of the same", concat!("bare-freeze-", $name)),
-                time(concat!("seal-", $name), "what is left of it for after the guest has gone on", None),
-                time(concat!("bare-write-", $name), "then a write to each of 1,000 pages, bare", None),
-                time(
+                Definition::time(
+                    concat!("bare-freeze-", $name),
+                    "bare mremap and private mmap, all pages written",
+                    None,
+                ),
+                Definition::beside(
+                    concat!("freeze-", $name),
+                    "a first freeze of the same",
+                    concat!("bare-freeze-", $name),
+                    BAR,
+                ),
+                Definition::time(
+                    concat!("seal-", $name),
+                    "what is left of it for after the guest has gone on",
+                    None,
+                ),
+                Definition::time(
+                    concat!("bare-write-", $name),
+                    "then a write to each of 1,000 pages, bare",
+                    None,
+                ),
+                Definition::time(
                     concat!("write-", $name),
                     "the same after a freeze",
                     Some(concat!("bare-write-", $name)),
                 ),
-                time(concat!("rewrite-", $name), "the same once more", Some(concat!("bare-write-", $name))),
-                time(
+                Definition::time(
+                    concat!("rewrite-", $name),
+                    "the same once more",
+                    Some(concat!("bare-write-", $name)),
+                ),
+                Definition::time(
                     concat!("bare-layer-", $name),
                     "bare scan of the page map and copy of these pages",
                     None,
                 ),
-                bar(concat!("layer-", $name), "a second freeze of the same", concat!("bare-layer-", $name)),
-                time(concat!("bare-map-", $name), "bare private mmap of a base", None),
-                time(concat!("restore-", $name), "memory of a base", Some(concat!("bare-map-", $name))),
-                time(
+                Definition::beside(
+                    concat!("layer-", $name),
+                    "a second freeze of the same",
+                    concat!("bare-layer-", $name),
+                    BAR,
+                ),
+                Definition::time(concat!("bare-map-", $name), "bare private mmap of a base", None),
+                Definition::time(
+                    concat!("restore-", $name),
+                    "memory of a base",
+                    Some(concat!("bare-map-", $name)),
+                ),
+                Definition::time(
                     concat!("remap-", $name),
                     "a base into memory that is there",
                     Some(concat!("bare-map-", $name)),
                 ),
-                time(
+                Definition::time(
                     concat!("restore2-", $name),
                     "memory of a base and a layer",
                     Some(concat!("bare-map-", $name)),
                 ),
-                time(concat!("read-", $name), "a read of each of its 1,000 pages", None),
-                time(concat!("zero-", $name), "fresh memory in its place, as for a reset", None),
+                Definition::time(concat!("read-", $name), "a read of each of its 1,000 pages", None),
+                Definition::time(concat!("zero-", $name), "fresh memory in its place, as for a reset", None),
             ],
         }
     };
 }
 
 const SIZES: [Size; 2] = [size!(128, "128m"), size!(1024, "1g")];
-
-const fn time(name: &'static str, what: &'static str, reference: Option<&'static str>) -> Definition {
-    Definition::time(name, what, reference)
-}
-
-const fn bar(name: &'static str, what: &'static str, reference: &'static str) -> Definition {
-    Definition { bar: Some(1.2), ..Definition::time(name, what, Some(reference)) }
-}
 
 /// All figures there are.
 pub fn definitions() -> Vec<Definition> {

@@ -16,7 +16,6 @@ use guest_client::snapshot_file::SnapshotFile;
 use guest_schema::SnapshotFile::Memory;
 use tempfile::TempDir;
 
-use super::{bar, time};
 use crate::bench::figure::{Definition, Samples};
 use crate::bench::fork::{Child, Parent};
 use crate::bench::memory::bare::{BareMemory, PAGE};
@@ -38,31 +37,31 @@ macro_rules! exports {
         Exports {
             mib: $mib,
             figures: [
-                time(
+                Definition::time(
                     concat!("bare-export-", $name),
                     "bare write and fsync of the memory's non-zero pages into a plain file",
                     None,
                 ),
-                bar(
+                Definition::beside(
                     concat!("export-", $name),
                     "saving a snapshot of them, fsync included",
                     concat!("bare-export-", $name),
                     EXPORT_BAR,
                 ),
                 Definition::rate(concat!("export-rate-", $name), "the bandwidth of that"),
-                time(concat!("bare-read-", $name), "bare read of the plain file", None),
-                time(
+                Definition::time(concat!("bare-read-", $name), "bare read of the plain file", None),
+                Definition::time(
                     concat!("check-", $name),
                     "opening the snapshot's file, and a check of its memory against its checksum",
                     Some(concat!("bare-read-", $name)),
                 ),
                 Definition::rate(concat!("check-rate-", $name), "the bandwidth of that"),
-                time(
+                Definition::time(
                     concat!("bare-import-", $name),
                     "bare private mmap of the plain file, and a write to each of its pages",
                     None,
                 ),
-                time(
+                Definition::time(
                     concat!("import-", $name),
                     "launch from the snapshot's file with a VMM ready → the guest has written to as many",
                     Some(concat!("bare-import-", $name)),
@@ -86,8 +85,7 @@ impl Exports {
         let folder = TempDir::with_prefix_in("guestd-bench-", folder)?;
         let (plain, saved) = (folder.path().join("plain"), folder.path().join("saved"));
         service.ready(0).await?;
-        let mut parent = Parent::boot(&service.host, ((self.mib + 64) as u64) << 20).await?;
-        parent.touch(u32::try_from(self.mib)?).await?;
+        let parent = Parent::that_wrote(&service.host, u32::try_from(self.mib)?).await?;
         let (snapshot, _, _) = parent.snapshot().await?;
         parent.launched.lifecycle.stop().await?;
         drop(parent);

@@ -10,8 +10,6 @@ use std::path::{Path, PathBuf};
 use guest_client::{Host, Snapshot};
 use tempfile::TempDir;
 
-use super::{bar, time};
-use crate::bench::MEMORY_BYTES;
 use crate::bench::figure::{Definition, Samples};
 use crate::bench::floor::{self, BareSnapshot, EmptyProgram};
 use crate::bench::fork::{Child, Parent};
@@ -31,10 +29,14 @@ const FORK_COLD: &str = "fork-cold";
 
 pub(super) const FIGURES: [Definition; 5] = [
     floor::OF_IN_PROCESS,
-    time(FLOOR, "empty program, and bare ioctls with a private mapping of a file → next byte", None),
-    bar(RESTORE, "launch from a file with a VMM ready → first byte", floor::IN_PROCESS, 0.5),
-    bar(RESTORE_COLD, "the same with none ready", FLOOR, 1.5),
-    bar(FORK_COLD, "launch from a snapshot with no VMM ready → first byte", FLOOR, 1.5),
+    Definition::time(
+        FLOOR,
+        "empty program, and bare ioctls with a private mapping of a file → next byte",
+        None,
+    ),
+    Definition::beside(RESTORE, "launch from a file with a VMM ready → first byte", floor::IN_PROCESS, 0.5),
+    Definition::beside(RESTORE_COLD, "the same with none ready", FLOOR, 1.5),
+    Definition::beside(FORK_COLD, "launch from a snapshot with no VMM ready → first byte", FLOOR, 1.5),
 ];
 
 /// A guestd that keeps no VMMs ready.
@@ -77,8 +79,7 @@ impl Launches {
         let folder = TempDir::with_prefix_in("guestd-bench-", folder)?;
         let bare = BareSnapshot::take(File::create_new(folder.path().join("bare"))?)?;
         let saved = folder.path().join("saved");
-        let mut parent = Parent::boot(&cold.host, MEMORY_BYTES).await?;
-        parent.touch(WRITTEN_MIB).await?;
+        let parent = Parent::that_wrote(&cold.host, WRITTEN_MIB).await?;
         let (snapshot, _, _) = parent.snapshot().await?;
         snapshot.save(&saved, None, |_, _| ControlFlow::Continue(())).await?;
         parent.launched.lifecycle.stop().await?;

@@ -1,7 +1,7 @@
 //! What a snapshot costs its guest, and what the calls do beside it that have a guest stand still: pause and resume; and what comes
 //! of a snapshot.
 //!
-//! Guests of three sizes (64 MiB more than what they write) write all of it, are snapshotted, write some of it again and are
+//! Guests of three sizes write all of it, are snapshotted, write some of it again and are
 //! snapshotted again; another guest is paused and resumed. Parts: `files` are snapshots written to disk and read back, `launches` how
 //! soon guests go on from them, `shares` the memory that all of that takes. In every round each figure follows its floor. A round is
 //! played once before the first and not counted.
@@ -42,11 +42,11 @@ const FLOOR_RESUME: &str = "floor-resume";
 const RESUME: &str = "resume";
 
 const OF_CALLS: [Definition; 5] = [
-    time(CALL, "a call that does nothing → answer", None),
-    time(FLOOR_PAUSE, "bare signal → out of KVM_RUN in HLT, and that call", None),
-    bar(PAUSE, "pause call → answer", FLOOR_PAUSE, 1.2),
-    time(FLOOR_RESUME, "bare message → about to enter KVM_RUN, and that call", None),
-    time(RESUME, "resume call → answer", Some(FLOOR_RESUME)),
+    Definition::time(CALL, "a call that does nothing → answer", None),
+    Definition::time(FLOOR_PAUSE, "bare signal → out of KVM_RUN in HLT, and that call", None),
+    Definition::beside(PAUSE, "pause call → answer", FLOOR_PAUSE, 1.2),
+    Definition::time(FLOOR_RESUME, "bare message → about to enter KVM_RUN, and that call", None),
+    Definition::time(RESUME, "resume call → answer", Some(FLOOR_RESUME)),
 ];
 
 /// What is measured of guests that write so much.
@@ -60,41 +60,53 @@ macro_rules! size {
         Size {
             mib: $mib,
             figures: [
-                time(concat!("bare-freeze-", $name), "bare mremap and private mmap, all pages written", None),
-                time(
+                Definition::time(
+                    concat!("bare-freeze-", $name),
+                    "bare mremap and private mmap, all pages written",
+                    None,
+                ),
+                Definition::time(
                     concat!("stands-bare-", $name),
                     "1 ms, and what the bare freeze takes longer than that of 128 MiB",
                     None,
                 ),
-                time(
+                Definition::time(
                     concat!("snapshot-", $name),
                     "snapshot call → answer, the same written by a guest",
                     None,
                 ),
-                bar(
+                Definition::beside(
                     concat!("stands-", $name),
                     "how long the guest stands still for it",
                     concat!("stands-bare-", $name),
                     1.0,
                 ),
-                time(concat!("loop-", $name), "a guest's write to each of its pages, before", None),
-                time(
+                Definition::time(
+                    concat!("loop-", $name),
+                    "a guest's write to each of its pages, before",
+                    None,
+                ),
+                Definition::time(
                     concat!("loop-after-", $name),
                     "the same as soon as the snapshot is taken: each page is copied",
                     Some(concat!("loop-", $name)),
                 ),
-                time(concat!("loop-later-", $name), "the same once more", Some(concat!("loop-", $name))),
-                time(
+                Definition::time(
+                    concat!("loop-later-", $name),
+                    "the same once more",
+                    Some(concat!("loop-", $name)),
+                ),
+                Definition::time(
                     concat!("again-bare-", $name),
                     "1 ms, and 1.2 × a bare scan and copy of 10 MiB written since",
                     None,
                 ),
-                time(
+                Definition::time(
                     concat!("again-", $name),
                     "snapshot call → answer, 10 MiB written since a first one",
                     None,
                 ),
-                bar(
+                Definition::beside(
                     concat!("again-stands-", $name),
                     "how long the guest stands still for it",
                     concat!("again-bare-", $name),
@@ -106,14 +118,6 @@ macro_rules! size {
 }
 
 const SIZES: [Size; 3] = [size!(128, "128m"), size!(1024, "1g"), size!(4096, "4g")];
-
-const fn time(name: &'static str, what: &'static str, reference: Option<&'static str>) -> Definition {
-    Definition::time(name, what, reference)
-}
-
-const fn bar(name: &'static str, what: &'static str, reference: &'static str, bar: f64) -> Definition {
-    Definition { bar: Some(bar), ..time(name, what, Some(reference)) }
-}
 
 /// What to measure.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,8 +175,10 @@ impl<'a> Bench<'a> {
     async fn round(&self, samples: &mut Samples) -> anyhow::Result<()> {
         let Self { plan, warm, cold, .. } = self;
         calls(warm, samples).await?;
+        let mut least = None;
         for size in SIZES.iter().filter(|size| size.mib <= plan.most_mib) {
-            size.bare(samples, &self.pagemap)?;
+            let frozen = size.bare(least, samples, &self.pagemap)?;
+            least = least.or(Some(frozen));
             size.guest(warm, samples).await?;
             // The memory of its guest goes back to the host first.
             warm.ready(0).await?;
@@ -216,25 +222,30 @@ async fn calls(service: &WarmService, samples: &mut Samples) -> anyhow::Result<(
 }
 
 impl Size {
-    fn bare(&self, samples: &mut Samples, pagemap: &File) -> anyhow::Result<()> {
-        let least = BareMemory::touched(SIZES[0].mib << 20)?.freeze()?;
+    /// Gives the time of the bare freeze; `least` is that of the smallest size, if this is another.
+    fn bare(
+        &self,
+        least: Option<Duration>,
+        samples: &mut Samples,
+        pagemap: &File,
+    ) -> anyhow::Result<Duration> {
         let mut memory = BareMemory::touched(self.mib << 20)?;
         let frozen = memory.freeze()?;
         samples.time(self.figures[0].name, frozen);
-        samples.add(self.figures[1].name, PAUSE_BAR + frozen.saturating_sub(least).as_secs_f64() * 1e6);
+        let longer = frozen.saturating_sub(least.unwrap_or(frozen));
+        samples.add(self.figures[1].name, PAUSE_BAR + longer.as_secs_f64() * 1e6);
         memory.unmap_aside();
         memory.write(0..(AGAIN_MIB << 20) / PAGE);
         let copied = memory.copy_written(pagemap)?;
         samples.add(self.figures[7].name, PAUSE_BAR + 1.2 * copied.as_secs_f64() * 1e6);
-        Ok(())
+        Ok(frozen)
     }
 
     async fn guest(&self, service: &WarmService, samples: &mut Samples) -> anyhow::Result<()> {
         let mut add = |figure: usize, value: f64| samples.add(self.figures[figure].name, value);
         let micros = |time: Duration| time.as_secs_f64() * 1e6;
         let mib = u32::try_from(self.mib).context("a size")?;
-        let mut parent = Parent::boot(&service.host, ((self.mib + 64) as u64) << 20).await?;
-        parent.touch(mib).await?;
+        let mut parent = Parent::that_wrote(&service.host, mib).await?;
         add(4, micros(parent.timed_touch(mib).await?));
         let (first, call, stands) = parent.snapshot().await?;
         add(2, micros(call));
@@ -244,8 +255,7 @@ impl Size {
         drop((first, parent));
         service.ready(0).await?;
         // Another, of which no more than this is written since.
-        let mut parent = Parent::boot(&service.host, ((self.mib + 64) as u64) << 20).await?;
-        parent.touch(mib).await?;
+        let mut parent = Parent::that_wrote(&service.host, mib).await?;
         let (first, _, _) = parent.snapshot().await?;
         parent.touch(u32::try_from(AGAIN_MIB)?).await?;
         let (_, call, stands) = parent.snapshot().await?;

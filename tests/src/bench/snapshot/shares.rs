@@ -6,12 +6,11 @@
 use anyhow::Context;
 
 use super::launches::{ColdService, WRITTEN_MIB};
-use super::time;
 use crate::bench::figure::{Definition, Samples};
 use crate::bench::fork::{Child, Parent};
+use crate::bench::launched;
 use crate::bench::life::Pss;
 use crate::bench::warm::WarmService;
-use crate::bench::{MEMORY_BYTES, launched};
 
 /// How many forks live at once.
 const FORKS: usize = 10;
@@ -24,12 +23,12 @@ pub(super) const FIGURES: [Definition; 3] = [
     Definition::memory(IDLE, "Pss of a VMM that was launched and has no guest"),
     Definition {
         bar: Some(1.0),
-        unit: "KiB",
-        ..time(POOL, "Pss of a VMM that is kept ready, with a guest prepared", Some(IDLE))
+        reference: Some(IDLE),
+        ..Definition::memory(POOL, "Pss of a VMM that is kept ready, with a guest prepared")
     },
     Definition {
-        unit: "KiB",
-        ..time(TENTH, "Pss of the tenth of ten forks, 64 MiB written before", Some(IDLE))
+        reference: Some(IDLE),
+        ..Definition::memory(TENTH, "Pss of the tenth of ten forks, 64 MiB written before")
     },
 ];
 
@@ -51,8 +50,7 @@ pub(super) async fn round(
 }
 
 async fn forks(warm: &WarmService, samples: &mut Samples) -> anyhow::Result<()> {
-    let mut parent = Parent::boot(&warm.host, MEMORY_BYTES).await?;
-    parent.touch(WRITTEN_MIB).await?;
+    let parent = Parent::that_wrote(&warm.host, WRITTEN_MIB).await?;
     let (snapshot, _, _) = parent.snapshot().await?;
     let mut forks = Vec::new();
     for _ in 0..FORKS {

@@ -63,25 +63,26 @@ pub const OF_MANY: [Definition; 6] = [
 /// What is measured of one VP, in this order.
 pub const OF_ONE: [Definition; 10] = [
     Definition::time(FLOOR_EXIT, "a write to a port in a bare loop around KVM_RUN", None),
-    beside(EXIT, "a write to a port, up to a device on the bus and back", FLOOR_EXIT, 1.15),
+    Definition::beside(EXIT, "a write to a port, up to a device on the bus and back", FLOOR_EXIT, 1.15),
     Definition::time(FLOOR_KICK_SPIN, "signal → out of KVM_RUN, from a busy guest", None),
-    beside(
+    Definition::beside(
         KICK_SPIN,
         "request → its work begins on the VP's thread, out of a busy guest",
         FLOOR_KICK_SPIN,
         1.2,
     ),
     Definition::time(FLOOR_KICK_HALT, "signal → out of KVM_RUN, from HLT", None),
-    beside(KICK_HALT, "request → its work begins on the VP's thread, out of HLT", FLOOR_KICK_HALT, 1.2),
+    Definition::beside(
+        KICK_HALT,
+        "request → its work begins on the VP's thread, out of HLT",
+        FLOOR_KICK_HALT,
+        1.2,
+    ),
     Definition::time(FLOOR_SAVE, "the ioctls that read a VP's state", None),
-    beside(SAVE, "reading a VP's state", FLOOR_SAVE, 1.3),
+    Definition::beside(SAVE, "reading a VP's state", FLOOR_SAVE, 1.3),
     Definition::time(FLOOR_RESTORE, "the ioctls that set a VP's state, all its MSRs", None),
-    beside(RESTORE, "setting a VP's state, 6 MSRs of which have changed", FLOOR_RESTORE, 1.3),
+    Definition::beside(RESTORE, "setting a VP's state, 6 MSRs of which have changed", FLOOR_RESTORE, 1.3),
 ];
-
-const fn beside(name: &'static str, what: &'static str, floor: &'static str, bar: f64) -> Definition {
-    Definition { bar: Some(bar), ..Definition::time(name, what, Some(floor)) }
-}
 
 /// How many exits make a sample.
 const EXITS: u32 = 200;
