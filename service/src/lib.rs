@@ -97,7 +97,7 @@ impl Service {
                 capnp_rpc::new_client(Host::new(self.clone(), descriptors.clone(), uid));
             host.client
         });
-        connection.map_err(ConnectionError::from)?.run().await
+        connection?.run().await
     }
 
     /// Stops all guests by force and waits until their processes have ended. No guest is launched and no snapshot kept from now on;

@@ -44,8 +44,6 @@ pub enum DescriptorError {
 struct Shared {
     /// Registered for reading alone: whoever waits for room in a socket is woken whenever its peer has read from it.
     stream: AsyncFd<OwnedFd>,
-    /// The socket once more, while there is no room in it.
-    full: RefCell<Option<AsyncFd<OwnedFd>>>,
     outgoing: RefCell<VecDeque<OwnedFd>>,
     sent: Cell<u64>,
     waiting: RefCell<HashMap<u64, OwnedFd>>,
@@ -75,7 +73,7 @@ impl Descriptors {
         self.0.waiting.borrow_mut().clear();
         self.0.outgoing.borrow_mut().clear();
         // Fails only if the peer has closed it already.
-        let _ = rustix::net::shutdown(self.0.stream.get_ref(), Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Both);
     }
 
     /// The socket's two halves, and the descriptors that travel on them.
@@ -90,13 +88,12 @@ impl Descriptors {
         let count = received.len() as u64;
         let shared = Rc::new(Shared {
             stream: watch(stream.into(), Interest::READABLE)?,
-            full: RefCell::default(),
             outgoing: RefCell::default(),
             sent: Cell::new(0),
             waiting: RefCell::new((0..).zip(received).collect()),
             received: Cell::new(count),
         });
-        Ok((ReadHalf(shared.clone()), WriteHalf(shared.clone()), Self(shared)))
+        Ok((ReadHalf(shared.clone()), WriteHalf { shared: shared.clone(), full: None }, Self(shared)))
     }
 }
 
@@ -105,12 +102,8 @@ impl Shared {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PER_READ))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(buffer)];
-        let message = rustix::net::recvmsg(
-            self.stream.get_ref().as_fd(),
-            parts,
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        let message =
+            rustix::net::recvmsg(self.stream.as_fd(), parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
         for part in control.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = part {
                 self.keep(descriptors)?;
@@ -138,7 +131,7 @@ impl Shared {
 
     /// Registers the socket a second time, for writing.
     fn watch_for_room(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let duplicate = self.stream.get_ref().as_fd().try_clone_to_owned()?;
+        let duplicate = self.stream.as_fd().try_clone_to_owned()?;
         watch(duplicate, Interest::WRITABLE)
     }
 
@@ -154,8 +147,7 @@ impl Shared {
         // A message must not be complete before its last descriptor has gone: send one byte at a time until the rest fits.
         let bytes = if outgoing.len() > count { &buffer[..buffer.len().min(1)] } else { buffer };
         let parts = &[IoSlice::new(bytes)];
-        let written =
-            rustix::net::sendmsg(self.stream.get_ref().as_fd(), parts, &mut control, SendFlags::NOSIGNAL)?;
+        let written = rustix::net::sendmsg(self.stream.as_fd(), parts, &mut control, SendFlags::NOSIGNAL)?;
         drop(borrowed);
         if written > 0 {
             outgoing.drain(..count);
@@ -188,20 +180,23 @@ impl futures::AsyncRead for ReadHalf {
 }
 
 /// The socket for writing.
-pub(crate) struct WriteHalf(Rc<Shared>);
+pub(crate) struct WriteHalf {
+    shared: Rc<Shared>,
+    /// The socket once more, while there is no room in it.
+    full: Option<AsyncFd<OwnedFd>>,
+}
 
 impl futures::AsyncWrite for WriteHalf {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
-        let shared = &self.0;
-        let mut full = shared.full.borrow_mut();
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
+        let Self { shared, full } = &mut *self;
         loop {
             match shared.send(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if full.is_none() {
-                        *full = Some(shared.watch_for_room()?);
-                    }
-                    let room = full.as_ref().expect("made above");
+                    let room = match full {
+                        Some(room) => room,
+                        None => full.insert(shared.watch_for_room()?),
+                    };
                     ready!(room.poll_write_ready(cx))?.clear_ready();
                 }
                 done => {
@@ -217,7 +212,7 @@ impl futures::AsyncWrite for WriteHalf {
     }
 
     fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match rustix::net::shutdown(self.0.stream.get_ref(), Shutdown::Write) {
+        match rustix::net::shutdown(&self.shared.stream, Shutdown::Write) {
             Ok(()) | Err(Errno::NOTCONN) => Poll::Ready(Ok(())),
             Err(error) => Poll::Ready(Err(error.into())),
         }
